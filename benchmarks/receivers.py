@@ -1,0 +1,77 @@
+"""The receiving side of a contender, as a process of its own.
+
+Each prints one JSON line: ``seconds`` from the moment it is asked to fetch to the
+moment all bytes are verified (where it verifies) and written to files, its memory
+before and its highest after, in bytes. None of them waits for the disk's cache.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from .processes import memory_bytes
+
+
+def tensorswarm_fetch(target: str, model: str, address: str) -> dict[str, float]:
+    """Fetch with this project, into an empty store."""
+    import trio
+
+    from tensorswarm.p2p.node import Node
+
+    async def main() -> dict[str, float]:
+        async with Node(Path(target), bootstrap=[address], server=False, seed=1) as node:
+            before = memory_bytes(os.getpid(), "VmRSS")
+            begun = time.perf_counter()
+            result = await node.fetch(model)
+            seconds = time.perf_counter() - begun
+            assert result.bytes_peers == result.bytes_total
+            return {"seconds": seconds, "memory_before": before}
+
+    return trio.run(main)
+
+
+def libtorrent_fetch(target: str, torrent: str, port: str) -> dict[str, float]:
+    """Fetch with libtorrent, in the clear."""
+    import libtorrent
+
+    from .torrent import new_session
+
+    session = new_session(0)
+    info = libtorrent.torrent_info(torrent)
+    before = memory_bytes(os.getpid(), "VmRSS")
+    begun = time.perf_counter()
+    handle = session.add_torrent({"ti": info, "save_path": target})
+    handle.connect_peer(("127.0.0.1", int(port)))
+    while not handle.status().is_seeding:
+        session.wait_for_alert(50)
+        session.pop_alerts()
+    return {"seconds": time.perf_counter() - begun, "memory_before": before}
+
+
+def file_copy(target: str, source: str) -> dict[str, float]:
+    """Copy on the same disk through memory, as ``cp`` without reflinks does."""
+    before = memory_bytes(os.getpid(), "VmRSS")
+    begun = time.perf_counter()
+    shutil.copyfile(source, target)
+    return {"seconds": time.perf_counter() - begun, "memory_before": before}
+
+
+def main() -> None:
+    """Run one receiver, named by the first argument."""
+    receivers = {
+        "tensorswarm": tensorswarm_fetch,
+        "libtorrent": libtorrent_fetch,
+        "copy": file_copy,
+    }
+    figures = receivers[sys.argv[1]](*sys.argv[2:])
+    figures["memory_after"] = memory_bytes(os.getpid(), "VmHWM")
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

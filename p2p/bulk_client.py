@@ -1,0 +1,311 @@
+"""One bulk connection, on the asking side.
+
+Purpose: connect to a peer's bulk address, prove who is there, and carry pipelined
+range requests: the bytes of an answer go from the socket into the caller's buffer.
+
+Rules
+- One thread uses a connection; `abort` alone may be called from another.
+- No wait without an end: connecting and the handshake have one deadline together, the
+  head of an answer has the stall deadline as a whole, and so has every receive of a
+  body and every send. A TLS record must arrive whole within it.
+- Foreign errors (ssl, socket) become the ones below, which say what the peer did.
+- After any error but `Lacks` the connection is of no more use.
+
+Not here: whether the bytes are the right ones (`peer_source` and its sink decide),
+and what to ask for.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import ssl
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+
+from tensorswarm.store.errors import NoSource, ProtocolError, Refused, RemoteError
+
+from . import http1
+from .http1 import RangeRequest
+from .tls import BulkIdentity, peer_id_of
+
+CONNECT_TIMEOUT_S = 5.0
+"""Seconds for the TCP connection and the TLS handshake: three round trips, and two
+retransmissions of a lost SYN (after 1 s and 3 s)."""
+
+STALL_TIMEOUT_S = 3.0
+"""Seconds without a byte after which a peer counts as stalled."""
+
+RECEIVE_BUFFER_BYTES = 32 << 10
+"""Room for heads: an unfinished one and a whole TLS record (16 KiB) behind it."""
+
+_SHORTEST_WAIT_S = 0.001  # a timeout of 0 would mean "do not wait at all"
+
+
+class Lacks(RemoteError):
+    """The peer does not have the bytes asked for; the connection goes on."""
+
+
+class Denied(Refused):
+    """The peer does not let us have anything (exit 7)."""
+
+
+class Busy(RemoteError):
+    """The peer has no capacity for another connection."""
+
+
+class Stalled(RemoteError):
+    """The peer stopped answering."""
+
+
+class Closed(RemoteError):
+    """The connection was cut, by the peer, by the network or by `abort`."""
+
+
+class Unreachable(NoSource):
+    """Nobody answered at the address, or no TLS connection came about (exit 4)."""
+
+
+class BulkConnection:
+    """A TLS connection to a peer's bulk server. Made by `connect`."""
+
+    def __init__(
+        self, identity: BulkIdentity, expected_peer_id: str, stall_timeout_s: float
+    ) -> None:
+        self._identity = identity
+        self._peer_id = expected_peer_id
+        self._stall_timeout_s = stall_timeout_s
+        self._abort_lock = threading.Lock()
+        self._aborted = False
+        self._raw: socket.socket | None = None
+        self._outstanding: deque[http1.ClientExchange] = deque()
+        self._body_left = 0
+        self._buffer = bytearray(RECEIVE_BUFFER_BYTES)
+        self._view = memoryview(self._buffer)
+        self._start = self._end = 0
+
+    @classmethod
+    def connect(
+        cls,
+        address: tuple[str, int],
+        identity: BulkIdentity,
+        expected_peer_id: str,
+        *,
+        timeout_s: float = CONNECT_TIMEOUT_S,
+        stall_timeout_s: float = STALL_TIMEOUT_S,
+        watch: Callable[[BulkConnection], None] | None = None,
+    ) -> BulkConnection:
+        """Connect, shake hands, and check who is there.
+
+        Parameters
+        ----------
+        address : tuple of str and int
+            Numeric IPv4 or IPv6 address, and port. Names are not looked up: that
+            wait could not be bounded, and peers tell numbers.
+        identity : BulkIdentity
+            Our certificate.
+        expected_peer_id : str
+            Peer id that must be there, in base58.
+        timeout_s, stall_timeout_s : float, optional
+            Seconds for connecting, and for every later wait.
+        watch : callable, optional
+            Called with the connection before the first wait, so that another thread
+            can `abort` it while it is being made.
+
+        Raises
+        ------
+        Unreachable
+            No TLS connection came about in time.
+        ProtocolError
+            Somebody else is there, or somebody without a libp2p certificate.
+        """
+        connection = cls(identity, expected_peer_id, stall_timeout_s)
+        if watch is not None:
+            watch(connection)
+        try:
+            connection._open(address, time.monotonic() + timeout_s)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _open(self, address: tuple[str, int], deadline: float) -> None:
+        host, port = address
+        try:
+            ip = ipaddress.ip_address(host)
+            raw = socket.socket(socket.AF_INET if ip.version == 4 else socket.AF_INET6)
+        except (ValueError, OSError) as error:
+            raise Unreachable(f"{host} port {port}: {error}") from error
+        self._adopt(raw)
+        try:
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            raw.settimeout(_left_s(deadline))
+            raw.connect((host, port))
+            raw.settimeout(_left_s(deadline))
+            with self._abort_lock:
+                self._socket = self._identity.client_context.wrap_socket(
+                    raw, do_handshake_on_connect=False
+                )
+                self._raw = self._socket
+            self._socket.do_handshake()
+        except TimeoutError as error:
+            raise Unreachable(f"{host} port {port}: no answer in time") from error
+        except (OSError, OverflowError) as error:  # the latter: a port beyond 65535
+            raise Unreachable(f"{host} port {port}: {error}") from error
+        found = peer_id_of(self._socket)
+        if found != self._peer_id:
+            raise ProtocolError(f"is {found} at {host} port {port}, not {self._peer_id}")
+        self._socket.settimeout(self._stall_timeout_s)
+
+    def _adopt(self, raw: socket.socket) -> None:
+        with self._abort_lock:
+            self._raw = raw
+            if self._aborted:
+                raise Closed("aborted while connecting")
+
+    @property
+    def outstanding(self) -> int:
+        """Requests sent whose answers' heads were not read yet."""
+        return len(self._outstanding)
+
+    def send_get(self, digest: bytes, offset: int, length: int) -> None:
+        """Ask for `length` bytes of an object, behind what was asked before.
+
+        Raises
+        ------
+        Closed, Stalled
+            The request could not be sent.
+        """
+        self.send_gets([RangeRequest(digest, offset, length)])
+
+    def send_gets(self, requests: Iterable[RangeRequest]) -> None:
+        """Send several requests at once, in order; see `send_get`.
+
+        The peer may stop receiving while it sends: have no more requests outstanding
+        than the sockets' buffers hold (some 64 KiB, at about 200 bytes each).
+        """
+        exchanges = [http1.ClientExchange(request, self._peer_id) for request in requests]
+        with self._translated():
+            self._socket.sendall(b"".join(exchange.encoded for exchange in exchanges))
+        self._outstanding.extend(exchanges)
+
+    def read_head(self) -> None:
+        """Receive the head of the oldest outstanding request's answer.
+
+        The bytes asked for follow; take all of them with `read_into` before the next
+        `read_head`.
+
+        Raises
+        ------
+        Lacks, Denied, Busy
+            The peer refused this request.
+        Stalled, Closed, ProtocolError
+            No proper answer came.
+        """
+        if self._body_left:
+            raise RuntimeError("the body of the answer before was not read")
+        exchange = self._outstanding.popleft()
+        answer = exchange.read_head(self._receive_head())
+        if answer is http1.Answer.CONTENT:
+            self._body_left = exchange.request.length
+        elif answer is http1.Answer.LACKS:
+            digest, offset, length = exchange.request
+            raise Lacks(
+                f"does not have bytes {offset}-{offset + length - 1} of object {digest.hex()}"
+            )
+        elif answer is http1.Answer.DENIED:
+            raise Denied("refuses us access")
+        else:
+            raise Busy("has no capacity for another connection")
+
+    def _receive_head(self) -> bytes:
+        head_end = http1.find_head(self._buffer, self._start, self._end)
+        if head_end is None:
+            deadline = time.monotonic() + self._stall_timeout_s
+            while head_end is None:
+                self._receive_more(deadline)
+                head_end = http1.find_head(self._buffer, self._start, self._end)
+            self._socket.settimeout(self._stall_timeout_s)
+        head = bytes(self._view[self._start : head_end])
+        self._start = head_end
+        return head
+
+    def _receive_more(self, deadline: float) -> None:
+        rest = bytes(self._view[self._start : self._end])
+        self._view[: len(rest)] = rest
+        self._start, self._end = 0, len(rest)
+        with self._translated():
+            self._socket.settimeout(_left_s(deadline))
+            received = self._socket.recv_into(self._view[self._end :])
+        if not received:
+            raise Closed("closed the connection")
+        self._end += received
+
+    def read_into(self, view: memoryview) -> None:
+        """Fill `view` with the next bytes of the current answer's body.
+
+        Parameters
+        ----------
+        view : memoryview
+            Of bytes; at most as long as what is left of the body.
+
+        Raises
+        ------
+        Stalled, Closed, ProtocolError
+            The bytes did not come.
+        """
+        wanted = len(view)
+        if wanted > self._body_left:
+            raise ValueError(f"{wanted} bytes wanted, {self._body_left} left of the answer")
+        filled = min(wanted, self._end - self._start)
+        view[:filled] = self._view[self._start : self._start + filled]
+        self._start += filled
+        with self._translated():
+            while filled < wanted:
+                received = self._socket.recv_into(view[filled:])
+                if not received:
+                    raise Closed(
+                        "closed the connection "
+                        f"{self._body_left - filled} bytes before the end of an answer"
+                    )
+                filled += received
+        self._body_left -= wanted
+
+    def abort(self) -> None:
+        """Cut the connection, from any thread: whoever waits on it gets `Closed`."""
+        with self._abort_lock:
+            self._aborted = True
+            if self._raw is not None:
+                with suppress(OSError):  # not connected yet, closed, or cut already
+                    # Below TLS: the method of ssl.SSLSocket would drop the TLS state
+                    # as well, and the waiting thread would go on in the clear.
+                    socket.socket.shutdown(self._raw, socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close the socket. For the thread that uses the connection."""
+        with self._abort_lock:
+            self._aborted = True
+            if self._raw is not None:
+                self._raw.close()
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except TimeoutError as error:
+            raise Stalled(f"nothing moved for {self._stall_timeout_s:g} s") from error
+        except (ssl.SSLEOFError, ssl.SSLZeroReturnError) as error:
+            raise Closed("closed the connection") from error
+        except ssl.SSLError as error:
+            if self._aborted:
+                raise Closed("aborted") from error
+            raise ProtocolError(f"broke TLS: {error.reason or error}") from error
+        except OSError as error:
+            raise Closed(f"lost the connection: {error.strerror or error}") from error
+
+
+def _left_s(deadline: float) -> float:
+    return max(_SHORTEST_WAIT_S, deadline - time.monotonic())

@@ -1,0 +1,310 @@
+"""Which chunks of a download are proved, in flight or free, and how rare each is.
+
+All chunks stand in one line of *positions*: the most urgent objects first, the
+chunks of an object next to each other, small objects side by side. The line is
+cut into blocks of 256 positions; a block never mixes priorities. A set of
+chunks inside a block is a 256-bit integer, so that one operation of the
+interpreter handles 256 chunks and the cost of a decision does not depend on
+the number of chunks.
+
+A chunk is *proved*, *free* (nobody was asked for it) or neither, that is, in
+flight. Positions that only fill up a block count as proved.
+
+Rarity is the number of present sources that hold a chunk, where sources that
+hold everything are left out: they raise every count alike. The counts of a
+block are kept as bit planes (plane k holds bit k of all 256 counts), so adding
+a source's bitmap is a ripple-carry addition over a handful of integers, and
+finding the rarest of a set is one walk down the planes.
+
+The map knows neither sources nor requests; it does no I/O.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from tensorswarm.store.digest import CHUNK_SIZE, MAX_OBJECT_SIZE, chunk_count, chunk_length
+from tensorswarm.store.errors import BadInput
+
+from .source import Span
+
+BLOCK_CHUNKS = 256
+"""Positions in a block: wide enough to make planning cheap and runs long (256 MiB),
+narrow enough that integer operations stay near the cost of the smallest ones."""
+
+FULL_BLOCK = (1 << BLOCK_CHUNKS) - 1
+"""The set of all positions of a block."""
+
+
+class ChunkMap:
+    """State and rarity of every chunk of a download.
+
+    Parameters
+    ----------
+    sizes_bytes : sequence of int
+        Sizes of the wanted objects.
+    proved : mapping of int to bytes
+        For some objects, which of their chunks are there already: chunk i is
+        bit i % 8 of byte i // 8.
+    priorities : mapping of int to int
+        For some objects a priority other than 0; lower numbers come first.
+    max_chunks, max_priorities : int
+        See `PlannerLimits`.
+
+    Raises
+    ------
+    BadInput
+        A size is negative or too large, or there are too many chunks.
+    """
+
+    def __init__(
+        self,
+        sizes_bytes: Sequence[int],
+        proved: Mapping[int, bytes],
+        priorities: Mapping[int, int],
+        *,
+        max_chunks: int,
+        max_priorities: int,
+    ) -> None:
+        if any(not 0 <= size <= MAX_OBJECT_SIZE for size in sizes_bytes):
+            raise BadInput("an object's size is negative or too large")
+        self._sizes = array("q", sizes_bytes)
+        self.missing_chunks = sum(map(chunk_count, self._sizes))
+        self.missing_bytes = sum(self._sizes)
+        if self.missing_chunks > max_chunks:
+            raise BadInput(f"{self.missing_chunks} chunks are more than {max_chunks}")
+        self._lay_out(priorities, max_priorities)
+        self.everything = [FULL_BLOCK] * self.block_count
+        self._planes: list[list[int]] = [[] for _ in range(self.block_count)]
+        self.counted_blocks = 0
+        self.free_bytes = self.missing_bytes
+        for object_index, bitmap in proved.items():
+            self._mark_proved(object_index, bitmap)
+
+    def _lay_out(self, priorities: Mapping[int, int], max_priorities: int) -> None:
+        """Give every object its positions, and every priority its blocks."""
+        ranks = sorted({0, *priorities.values()})
+        level_of_priority = {p: min(i, max_priorities - 1) for i, p in enumerate(ranks)}
+        order: Iterable[int] = range(len(self._sizes))
+        if priorities:
+            order = sorted(order, key=lambda i: priorities.get(i, 0))
+        self._first = array("q", bytes(8 * len(self._sizes)))
+        self._starts = array("q")
+        self._objects = array("q")
+        self.free: list[int] = []
+        self.level_of = array("H")
+        position, level = 0, -1
+        for object_index in order:
+            count = chunk_count(self._sizes[object_index])
+            if not count:
+                continue
+            object_level = level_of_priority[priorities.get(object_index, 0)]
+            if object_level != level:
+                position = self._end_level(position, level)
+                level = object_level
+            self._first[object_index] = position
+            self._starts.append(position)
+            self._objects.append(object_index)
+            position += count
+        self._end_level(position, level)
+        self.block_count = len(self.free)
+        self.level_count = max(self.level_of, default=-1) + 1
+        self.proved = [FULL_BLOCK ^ free for free in self.free]
+
+    def _end_level(self, position: int, level: int) -> int:
+        """Fill up the last block of a priority; return where the next one starts."""
+        while position > len(self.free) * BLOCK_CHUNKS:
+            width = min(BLOCK_CHUNKS, position - len(self.free) * BLOCK_CHUNKS)
+            self.free.append((1 << width) - 1)
+            self.level_of.append(level)
+        return len(self.free) * BLOCK_CHUNKS
+
+    def _mark_proved(self, object_index: int, bitmap: bytes) -> None:
+        size = self._size_of(object_index)
+        count = 0
+        for block, mask in self.spread(object_index, bitmap):
+            count += mask.bit_count()
+            self.proved[block] |= mask
+            self.free[block] &= ~mask
+        last = chunk_count(size) - 1
+        size_bytes = count * CHUNK_SIZE
+        if last >= 0 and self.is_proved(self._first[object_index] + last):
+            size_bytes -= CHUNK_SIZE - chunk_length(size, last)
+        self.missing_chunks -= count
+        self.missing_bytes -= size_bytes
+        self.free_bytes -= size_bytes
+
+    # where things are
+
+    def _size_of(self, object_index: int) -> int:
+        if not 0 <= object_index < len(self._sizes):
+            raise BadInput(f"there is no object {object_index}")
+        return self._sizes[object_index]
+
+    def position(self, object_index: int, chunk: int) -> int:
+        """Return the position of a chunk; `BadInput` when there is no such chunk."""
+        if not 0 <= chunk < chunk_count(self._size_of(object_index)):
+            raise BadInput(f"object {object_index} has no chunk {chunk}")
+        return self._first[object_index] + chunk
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """Return object index and chunk number at a position."""
+        place = bisect_right(self._starts, position) - 1
+        return self._objects[place], position - self._starts[place]
+
+    def size_at(self, position: int) -> int:
+        """Return the bytes of the chunk at a position."""
+        object_index, chunk = self.locate(position)
+        return chunk_length(self._sizes[object_index], chunk)
+
+    def spread(self, object_index: int, bitmap: bytes | None) -> Iterator[tuple[int, int]]:
+        """Yield (block, set) for those chunks of an object that a bitmap names.
+
+        None names all of them. Bits beyond the object's end are ignored, and
+        bits that a short bitmap lacks count as unset.
+        """
+        count = chunk_count(self._size_of(object_index))
+        first = self._first[object_index]
+        done = 0
+        while done < count:
+            block, offset = divmod(first + done, BLOCK_CHUNKS)
+            width = min(BLOCK_CHUNKS - offset, count - done)
+            mask = (1 << width) - 1
+            if bitmap is not None:
+                cut = bitmap[done // 8 : (done + width + 7) // 8]
+                mask &= int.from_bytes(cut, "little") >> done % 8
+            if mask:
+                yield block, mask << offset
+            done += width
+
+    def fit(
+        self, position: int, width: int, room_bytes: int, max_spans: int
+    ) -> tuple[list[Span], int, int]:
+        """Cut as much as fits from a run of positions, as spans.
+
+        Returns
+        -------
+        spans : list of Span
+            The chunks, in order of position.
+        count : int
+            Number of positions used.
+        size_bytes : int
+            Their bytes, at most `room_bytes`.
+        """
+        spans: list[Span] = []
+        size_bytes = used = 0
+        place = bisect_right(self._starts, position) - 1
+        while used < width and len(spans) < max_spans:
+            object_index = self._objects[place]
+            chunk = position + used - self._starts[place]
+            object_size = self._sizes[object_index]
+            available = min(width - used, chunk_count(object_size) - chunk)
+            left_bytes = object_size - chunk * CHUNK_SIZE
+            room = room_bytes - size_bytes
+            is_cut = min(available * CHUNK_SIZE, left_bytes) > room
+            if is_cut:
+                available = min(available, room // CHUNK_SIZE)
+            if available:
+                spans.append(Span(object_index, chunk, available))
+                size_bytes += min(available * CHUNK_SIZE, left_bytes)
+                used += available
+            if is_cut:
+                break
+            place += 1
+        return spans, used, size_bytes
+
+    # free, in flight, proved
+
+    def is_proved(self, position: int) -> bool:
+        """Tell whether the chunk at a position is proved."""
+        return bool(self.proved[position // BLOCK_CHUNKS] >> position % BLOCK_CHUNKS & 1)
+
+    def take(self, block: int, mask: int, size_bytes: int) -> None:
+        """Note that free chunks are asked for now."""
+        self.free[block] &= ~mask
+        self.free_bytes -= size_bytes
+
+    def put_back(self, position: int) -> None:
+        """Note that nobody is asked for a chunk any more."""
+        self.free[position // BLOCK_CHUNKS] |= 1 << position % BLOCK_CHUNKS
+        self.free_bytes += self.size_at(position)
+
+    def prove(self, position: int) -> bool:
+        """Note a chunk as proved; return whether it was missing until now."""
+        block, bit = position // BLOCK_CHUNKS, 1 << position % BLOCK_CHUNKS
+        if self.proved[block] & bit:
+            return False
+        size = self.size_at(position)
+        self.proved[block] |= bit
+        self.missing_chunks -= 1
+        self.missing_bytes -= size
+        if self.free[block] & bit:
+            self.take(block, bit, size)
+        return True
+
+    # rarity
+
+    def add_holder(self, block: int, mask: int) -> None:
+        """Count one more source for a set of chunks."""
+        planes = self._planes[block]
+        self.counted_blocks += not planes
+        for i, plane in enumerate(planes):
+            planes[i] = plane ^ mask
+            mask &= plane
+            if not mask:
+                return
+        planes.append(mask)
+
+    def remove_holder(self, block: int, mask: int) -> None:
+        """Count one source less for a set of chunks it was counted for."""
+        planes = self._planes[block]
+        for i, plane in enumerate(planes):
+            planes[i] = plane ^ mask
+            mask &= ~plane
+            if not mask:
+                break
+        while planes and not planes[-1]:
+            planes.pop()
+        self.counted_blocks -= not planes
+
+    def rarest(self, block: int, candidates: int) -> tuple[int, int]:
+        """Return the smallest count among candidates, and those that have it.
+
+        The count is cut to its two leading bits (0, 1, 2, 3, 4–5, 6–7, 8–11 …):
+        who tells 8 holders from 9 gets single chunks where runs would do.
+        """
+        planes = self._planes[block]
+        rarity = 0
+        lowest = 0
+        for i in range(len(planes) - 1, -1, -1):
+            if i < lowest:
+                break
+            fewer = candidates & ~planes[i]
+            if fewer:
+                candidates = fewer
+            else:
+                lowest = lowest if rarity else max(i - 1, 0)
+                rarity |= 1 << i
+        return rarity, candidates
+
+    def held_by(self, block: int, at_least: int) -> int:
+        """Return the chunks of a block with at least 1 or at least 2 counted holders."""
+        held = 0
+        for plane in self._planes[block][at_least - 1 :]:
+            held |= plane
+        return held
+
+    def unheld_objects(self) -> list[int]:
+        """Return the objects with a missing chunk that has no counted holder."""
+        found: set[int] = set()
+        for block in range(self.block_count):
+            mask = FULL_BLOCK & ~self.proved[block] & ~self.held_by(block, 1)
+            while mask:
+                offset = (mask & -mask).bit_length() - 1
+                object_index, chunk = self.locate(block * BLOCK_CHUNKS + offset)
+                found.add(object_index)
+                end = offset - chunk + chunk_count(self._sizes[object_index])
+                mask = mask >> end << end
+        return sorted(found)

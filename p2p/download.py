@@ -1,0 +1,439 @@
+"""One download: the shell that drives the planner with real sources.
+
+The planner decides; the workers move bytes in threads; this loop carries events to
+the one and actions to the other. Sources join when a neighbour says what it holds,
+and when an origin is given. A source that failed for a passing reason is tried
+again after a while; a liar never.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import trio
+
+from tensorswarm.store.errors import (
+    HashMismatch,
+    NoSource,
+    NotFound,
+    Refused,
+    TensorswarmError,
+)
+from tensorswarm.store.incoming import Incoming
+
+from . import wire
+from .neighbours import Neighbours
+from .origin import FileRange, display_url
+from .origin_source import OriginSource
+from .peer_source import PeerSource
+from .results import SourceReport
+from .sink import ChunkCame, EventQueue, Progressed, RequestDone, SourceFailed, StoreSink
+from .source import Failure, Outcome, SourceWorker
+from .swarm import Ask, Cancel, Drop, Planner, SourceKind
+from .tls import BulkIdentity
+
+RETRY_BACKOFF_S = (1.0, 3.0, 10.0)
+"""Pauses before a source that failed for a passing reason is tried again."""
+
+TELL_INTERVAL_S = 0.5
+"""How often neighbours hear of newly proved chunks."""
+
+TICK_S = 1.0
+"""Longest sleep of the loop, so that the time-outs that concern the whole are noticed."""
+
+PASSING = frozenset({Failure.STALLED, Failure.CLOSED, Failure.UNREACHABLE})
+
+AddressFinder = Callable[[str], Sequence[tuple[str, int]]]
+"""Gives the bulk-plane addresses of a peer, best first; none if it has none."""
+
+
+@dataclass
+class OriginSpec:
+    """An origin, ready to be asked.
+
+    Attributes
+    ----------
+    url : str
+        As the user gave it.
+    places : mapping of bytes to FileRange
+        Where each wanted object lies, by its digest.
+    urls : mapping of str to str
+        The URL of each file.
+    """
+
+    url: str
+    places: Mapping[bytes, FileRange]
+    urls: Mapping[str, str]
+
+
+@dataclass
+class _Source:
+    """What the shell remembers of a source."""
+
+    kind: SourceKind
+    worker: SourceWorker | None = None
+    failures: int = 0
+    failure: Failure | None = None
+    reason: str = ""
+    dropped: bool = False
+    retry_at: float | None = None
+    holds: dict[int, bytes | None] = field(default_factory=dict)
+
+    @property
+    def banned(self) -> bool:
+        """Whether it is never asked again in this download."""
+        return self.dropped and self.failure not in PASSING
+
+
+class Download:
+    """Bring a list of objects into the store.
+
+    Parameters
+    ----------
+    incoming : sequence of Incoming
+        The objects, each partly proved perhaps; positions are the object indices.
+    neighbours : Neighbours
+        The peers, and where they say what they hold.
+    identity : BulkIdentity
+        Our certificate on the bulk plane.
+    addresses : callable
+        Finds a peer's bulk-plane addresses.
+    origins : sequence of OriginSpec
+        Origins to use at once.
+    rng : random.Random
+        Source of the planner's ties.
+    on_progress : callable
+        Called with verified bytes as they come.
+    """
+
+    def __init__(
+        self,
+        incoming: Sequence[Incoming],
+        *,
+        neighbours: Neighbours,
+        identity: BulkIdentity,
+        addresses: AddressFinder,
+        origins: Sequence[OriginSpec],
+        rng: random.Random,
+        on_progress: Callable[[int], None],
+    ) -> None:
+        self._incoming = incoming
+        self._index_of = {each.digest: i for i, each in enumerate(incoming)}
+        self._neighbours = neighbours
+        self._identity = identity
+        self._addresses = addresses
+        self._origins = origins
+        self._on_progress = on_progress
+        self._events = EventQueue()
+        self._sink = StoreSink(incoming)
+        self._planner = Planner(
+            [each.size_bytes for each in incoming],
+            rng=rng,
+            proved={i: each.proved() for i, each in enumerate(incoming)},
+        )
+        self._sources: dict[str, _Source] = {}
+        self._refused: dict[str, int] = {}
+        self._changed: set[int] = set()
+        self._moved_at = trio.current_time()
+        self.search_is_over = False
+        """Set by whoever looks for sources, once nobody is left to ask for now."""
+
+    # ---- the loop
+
+    def open(self) -> None:
+        """Begin to listen to neighbours and to connect to sources; nothing is asked yet."""
+        self._neighbours.have_listeners.append(self._on_have)
+        for origin in self._origins:
+            self._start_origin(origin)
+
+    def close(self) -> None:
+        """Let go of every source."""
+        if self._on_have in self._neighbours.have_listeners:
+            self._neighbours.have_listeners.remove(self._on_have)
+        for source in self._sources.values():
+            if source.worker is not None:
+                source.worker.close()
+                source.worker = None
+
+    async def run(self, timeout_s: float) -> None:
+        """Work until everything is proved and in the store.
+
+        Parameters
+        ----------
+        timeout_s : float
+            How long nothing may arrive before the download is given up.
+
+        Raises
+        ------
+        NoRoom, LocalError
+            Our own disk failed.
+        HashMismatch, Refused, NotFound, NoSource
+            Something is missing and no source is left that could give it.
+        """
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._tell_news)
+                await self._loop(timeout_s)
+                nursery.cancel_scope.cancel()
+            await self._settle()
+        finally:
+            self.close()
+
+    async def _loop(self, timeout_s: float) -> None:
+        self._moved_at = trio.current_time()
+        while not self._planner.is_done():
+            now = trio.current_time()
+            for event in self._events.take():
+                self._take_event(now, event)
+            if self._sink.error is not None:
+                raise self._sink.error
+            if self._planner.is_done():
+                return
+            self._retry_sources(now)
+            for action in self._planner.actions(now):
+                self._act(now, action)
+            self._check_stuck(now, timeout_s)
+            deadline = self._planner.next_deadline(now)
+            with trio.move_on_at(min(deadline or now + TICK_S, now + TICK_S)):
+                await self._events.wait()
+
+    async def _settle(self) -> None:
+        """Wait until the whole objects are verified and in the index."""
+        for incoming in self._incoming:
+            future = incoming.finished
+            if not future.done():
+                await trio.to_thread.run_sync(future.exception)
+            error = future.exception()
+            if error is not None:
+                raise error
+
+    def _take_event(self, now: float, event: object) -> None:
+        match event:
+            case Progressed(source, request_id, byte_count):
+                self._planner.progress(now, source, request_id, byte_count)
+            case ChunkCame(source, _, index, chunk, outcome, byte_count):
+                self._take_chunk(now, source, index, chunk, outcome, byte_count)
+            case RequestDone(source, request_id):
+                self._planner.request_done(now, source, request_id)
+            case SourceFailed(source, None, failure, detail):
+                self._planner.remove_source(now, source)
+                self._give_up(now, source, failure, detail)
+            case SourceFailed(source, int(request_id), failure, detail):
+                self._request_failed(now, source, request_id, failure, detail)
+
+    def _take_chunk(
+        self, now: float, source: str, index: int, chunk: int, outcome: Outcome, byte_count: int
+    ) -> None:
+        if outcome is Outcome.PROVED:
+            self._moved_at = now
+            self._planner.chunk_proved(now, source, index, chunk, byte_count)
+            self._changed.add(index)
+            self._on_progress(byte_count)
+        elif outcome is Outcome.DUPLICATE:
+            self._planner.chunk_duplicate(now, source, index, chunk, byte_count)
+        else:
+            self._planner.chunk_refused(now, source, index, chunk)
+            self._refused[source] = index
+
+    def _act(self, now: float, action: object) -> None:
+        match action:
+            case Ask(request=request):
+                source = self._sources.get(request.source)
+                if source is not None and source.worker is not None:
+                    source.worker.submit(request)
+            case Cancel(source=name, request_id=request_id):
+                source = self._sources.get(name)
+                if source is not None and source.worker is not None:
+                    source.worker.cancel(request_id)
+            case Drop(source=name, failure=failure, detail=detail):
+                self._give_up(now, name, failure, detail)
+
+    # ---- sources
+
+    def _start_origin(self, origin: OriginSpec) -> None:
+        now = trio.current_time()
+        source = _Source(SourceKind.ORIGIN, holds=dict.fromkeys(self._places(origin)))
+        self._sources[origin.url] = source
+        self._restart(now, origin.url, source)
+
+    def _places(self, origin: OriginSpec) -> dict[int, FileRange]:
+        """Return where the wanted objects lie at an origin, by object index."""
+        return {
+            self._index_of[digest]: place
+            for digest, place in origin.places.items()
+            if digest in self._index_of
+        }
+
+    def _restart(self, now: float, name: str, source: _Source) -> None:
+        """Begin with a source: connect, and tell the planner what it holds."""
+        source.retry_at = None
+        if source.kind is SourceKind.ORIGIN:
+            origin = next(origin for origin in self._origins if origin.url == name)
+            source.worker = OriginSource(
+                name, self._places(origin), origin.urls, self._sink, self._events
+            )
+        else:
+            addresses = self._addresses(name)
+            if not addresses:
+                return
+            source.worker = PeerSource(name, addresses, self._identity, self._sink, self._events)
+        source.dropped = False
+        self._planner.add_source(now, name, source.kind)
+        for index, proved in source.holds.items():
+            self._planner.source_holds(now, name, index, proved)
+
+    def _on_have(self, peer_id: str, entries: Sequence[wire.HaveEntry]) -> None:
+        """Hear what a neighbour holds (answers and news alike)."""
+        now = trio.current_time()
+        source = self._sources.get(peer_id)
+        fresh = source is None
+        if source is None:
+            source = _Source(SourceKind.PEER)
+        known = False
+        for entry in entries:
+            index = self._index_of.get(entry.digest)
+            if index is None or entry.size_bytes != self._incoming[index].size_bytes:
+                continue
+            known = True
+            source.holds[index] = entry.bitmap
+            if source.worker is not None:
+                self._planner.source_holds(now, peer_id, index, entry.bitmap)
+        if not known or source.banned:
+            return
+        self._sources[peer_id] = source
+        if fresh:
+            self._restart(now, peer_id, source)
+        self._events.wake()
+
+    def _request_failed(
+        self, now: float, name: str, request_id: int, failure: Failure, detail: str
+    ) -> None:
+        source = self._sources.get(name)
+        if source is not None:
+            source.failure = failure
+            source.reason = detail
+        self._planner.request_failed(now, name, request_id, failure)
+        is_origin = source is not None and source.kind is SourceKind.ORIGIN
+        if source is not None and is_origin and failure is Failure.BAD_BYTES:
+            self._give_up_file(now, name, source, detail)
+
+    def _give_up_file(self, now: float, name: str, source: _Source, detail: str) -> None:
+        """Take nothing more of a file that an origin has with other bytes in it."""
+        origin = next(origin for origin in self._origins if origin.url == name)
+        places = self._places(origin)
+        bad = places.get(self._refused.get(name, -1))
+        for index, place in places.items():
+            if bad is not None and place.path == bad.path and index in source.holds:
+                del source.holds[index]
+                self._planner.source_lacks(now, name, index)
+        if not source.holds:
+            self._planner.remove_source(now, name)
+            self._give_up(now, name, Failure.BAD_BYTES, detail)
+
+    def _give_up(self, now: float, name: str, failure: Failure, detail: str) -> None:
+        source = self._sources.get(name)
+        if source is None or source.worker is None:
+            return
+        source.worker.close()
+        source.worker = None
+        source.dropped = True
+        source.failure = failure
+        source.reason = detail or failure.value
+        if not source.banned and source.failures < len(RETRY_BACKOFF_S):
+            source.retry_at = now + RETRY_BACKOFF_S[source.failures]
+        source.failures += 1
+
+    def _retry_sources(self, now: float) -> None:
+        for name, source in self._sources.items():
+            if source.retry_at is None or source.retry_at > now:
+                continue
+            if source.kind is SourceKind.PEER and not self._neighbours.is_neighbour(name):
+                source.retry_at = None
+                continue
+            self._restart(now, name, source)
+
+    # ---- when nothing moves
+
+    def lacking(self) -> list[int]:
+        """Return the objects of which no present source has what is missing."""
+        return self._planner.unobtainable()
+
+    def missing_bytes_of(self, index: int) -> int:
+        """Return how many bytes of an object are still missing."""
+        return self._incoming[index].missing_bytes()
+
+    def _check_stuck(self, now: float, timeout_s: float) -> None:
+        waited = now - self._moved_at
+        if waited < timeout_s:
+            if not self.search_is_over or self._has_work(now):
+                return
+            if any(s.worker is not None for s in self._sources.values()) and not self.lacking():
+                return
+        raise self._why_stuck(waited)
+
+    def _has_work(self, now: float) -> bool:
+        """Tell whether something is in flight or a source will be tried again."""
+        if self._planner.next_deadline(now) is not None:
+            return True
+        return any(source.retry_at is not None for source in self._sources.values())
+
+    def _why_stuck(self, waited_s: float) -> TensorswarmError:
+        missing = self._planner.missing_bytes
+        liars = [n for n, s in self._sources.items() if s.failure is Failure.BAD_BYTES]
+        tail = f"; {missing} bytes are missing"
+        if liars:
+            names = ", ".join(display_url(name) for name in liars)
+            return HashMismatch(
+                f"{names} sent bytes that do not match their hash and no good source is left{tail}"
+            )
+        reasons = "; ".join(
+            f"{display_url(name)}: {s.reason}" for name, s in self._sources.items() if s.reason
+        )
+        if self._sources and all(
+            source.failure is Failure.REFUSED_ACCESS for source in self._sources.values()
+        ):
+            return Refused(f"every source refused us: {reasons}{tail}")
+        if self._neighbours.all() and self.search_is_over:
+            return NotFound(
+                f"no source that can be reached has all of it{tail}. {reasons}".rstrip()
+            )
+        return NoSource(f"no source gave anything for {waited_s:.0f} s{tail}. {reasons}".rstrip())
+
+    # ---- news for others, and the account
+
+    async def _tell_news(self) -> None:
+        while True:
+            await trio.sleep(TELL_INTERVAL_S)
+            changed, self._changed = self._changed, set()
+            entries = [self._entry(index) for index in changed]
+            if entries:
+                await self._neighbours.tell(entries)
+
+    def _entry(self, index: int) -> wire.HaveEntry:
+        incoming = self._incoming[index]
+        finished = incoming.finished.done() and incoming.finished.exception() is None
+        return wire.HaveEntry(
+            incoming.digest, incoming.size_bytes, None if finished else incoming.proved()
+        )
+
+    def reports(self) -> tuple[list[SourceReport], int]:
+        """Return what each source gave, and the bytes received in vain."""
+        statistics = self._planner.statistics()
+        reports: list[SourceReport] = []
+        for counted in statistics.sources:
+            name = counted.source
+            source = self._sources.get(name)
+            dropped = source is not None and source.dropped
+            if counted.proved_bytes or dropped:
+                reports.append(
+                    SourceReport(
+                        counted.kind.value,
+                        display_url(name),
+                        counted.proved_bytes,
+                        dropped,
+                        source.reason if source is not None else "",
+                    )
+                )
+        return reports, statistics.duplicate_bytes + statistics.refused_bytes

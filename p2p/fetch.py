@@ -1,0 +1,414 @@
+"""Fetching a model or a tensor: from an id to verified objects in the store.
+
+The chain of trust is model id → manifest → chunk list → chunk; each step is
+verified against the one before. A tensor asked for by bare digest takes its chunk
+list from a peer as a hint; the digest of the whole decides, and who gave a false
+list is not asked again.
+
+The steps of a fetch, in order: know the manifest, know the chunk lists, take up
+what is here already, download what is missing, export.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from tensorswarm.store.digest import DIGEST_SIZE, chunk_count, digest_of
+from tensorswarm.store.errors import (
+    BadInput,
+    HashMismatch,
+    NoRoom,
+    RemoteError,
+    TensorswarmError,
+)
+from tensorswarm.store.export import export_files, select, whole_files
+from tensorswarm.store.incoming import Incoming
+from tensorswarm.store.manifest import MAX_MANIFEST_BYTES, Manifest, ObjectRef
+
+from .answers import MAX_BLOB_BYTES
+from .download import Download, OriginSpec
+from .inquiry import FRUITLESS_ROUNDS, Inquiry, pause_s
+from .neighbour import Neighbour
+from .origin import check_origin_url, file_url, locate_objects
+from .results import FetchResult, SourceReport
+from .search import Search
+from .services import Services
+
+SETTLE_S = 1.0
+"""Longest wait for further sources once there is one, so that several known from the
+start all get a share before the fastest has given everything."""
+
+MORE_PEERS_PAUSE_S = 10.0
+"""Pause between rounds of the search while a download runs well."""
+
+LOOK_INTERVAL_S = 0.5
+"""How often it is looked whether something lacks a source, while nothing does."""
+
+LARGEST_LACKING = 3
+"""Tensors without a source that are looked up in one round, largest first."""
+
+MAX_SPARE_BYTES = 16 << 20
+"""Most room left free on the disk, for the index and for everybody else."""
+
+Progress = Callable[[int, int], None]
+"""Called with the verified bytes so far, and the bytes in all."""
+
+
+@dataclass(frozen=True)
+class FetchOptions:
+    """What to fetch, and how.
+
+    Attributes
+    ----------
+    origins : sequence of str
+        URLs that hold the model's files.
+    include : sequence of str
+        Patterns of file paths or tensor names; none for everything.
+    out : Path or None
+        Folder to export the files to.
+    timeout_s : float
+        How long to go on when nobody is found or nothing arrives.
+    on_progress : callable
+        Hears of progress.
+    """
+
+    origins: Sequence[str] = ()
+    include: Sequence[str] = ()
+    out: Path | None = None
+    timeout_s: float = 30.0
+    on_progress: Progress = lambda done, total: None
+
+
+@contextlib.asynccontextmanager
+async def one_error() -> AsyncIterator[None]:
+    """Let a single error of ours out of the groups in which nurseries wrap it."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+            error = error.exceptions[0]
+        if isinstance(error, TensorswarmError):
+            raise error from None
+        raise
+
+
+class Fetch:
+    """One fetch on a running node.
+
+    Parameters
+    ----------
+    services : Services
+        The node's parts.
+    options : FetchOptions
+        What the caller wants.
+    """
+
+    def __init__(self, services: Services, options: FetchOptions) -> None:
+        for url in options.origins:
+            check_origin_url(url)
+        self._services = services
+        self._store = services.store
+        self._options = options
+        self._search = Search(services.neighbours, services.discovery, services.bootstrap)
+        self._inquiry = Inquiry(services, self._search, options.timeout_s)
+        self._overhead: Counter[str] = Counter()  # manifest and chunk lists, by peer
+
+    async def model(self, digest: bytes) -> FetchResult:
+        """Fetch a model by its manifest's digest.
+
+        Raises
+        ------
+        BadInput
+            What the id names is not a manifest, or an include pattern matches nothing.
+        NotFound, NoSource, HashMismatch, Refused
+            No source could give what is missing.
+        NoRoom
+            The disk is, or would become, full.
+        """
+        begun = trio.current_time()
+        async with one_error():
+            manifest = self._store.manifest(digest) or await self._find_manifest(digest)
+            await trio.to_thread.run_sync(self._store.put_manifest, manifest, "")
+            chosen = select(manifest, self._options.include)
+            refs = [manifest.objects[i] for i in sorted(chosen)]
+            result = FetchResult(digest, manifest)
+            result.bytes_total = self._store.records([digest])[digest].size_bytes
+            await self._bring(result, refs, self._origins(manifest, refs))
+            result.seconds = trio.current_time() - begun
+            if self._options.out is not None:
+                files = whole_files(manifest, chosen)
+                out = self._options.out
+                await trio.to_thread.run_sync(export_files, self._store, manifest, files, out)
+                result.path = out
+        return result
+
+    async def tensor(self, digest: bytes) -> FetchResult:
+        """Fetch one tensor or blob by its bare digest.
+
+        Raises
+        ------
+        NotFound, NoSource, HashMismatch, Refused, NoRoom
+            As for a model.
+        """
+        begun = trio.current_time()
+        async with one_error():
+            while True:
+                result = FetchResult(digest)
+                known = self._store.records([digest]).get(digest)
+                if known is not None:
+                    ref, giver = ObjectRef(digest, known.size_bytes, known.chunk_list), ""
+                else:
+                    ref, giver = await self._find_hint(digest)
+                try:
+                    await self._bring(result, [ref], [])
+                    break
+                except HashMismatch:
+                    if not giver:
+                        raise
+                    self._inquiry.distrusted.add(giver)
+        result.seconds = trio.current_time() - begun
+        return result
+
+    # ---- manifest and chunk lists
+
+    async def _find_manifest(self, digest: bytes) -> Manifest:
+        async def ask(neighbour: Neighbour) -> bytes | None:
+            blobs = await neighbour.get_blobs({digest: MAX_MANIFEST_BYTES})
+            self._overhead[neighbour.peer_id] += sum(map(len, blobs.values()))
+            return blobs.get(digest)
+
+        data = await self._inquiry.until_found([digest], ask, "the model")
+        try:
+            return await trio.to_thread.run_sync(Manifest.decode, data)
+        except BadInput as error:
+            raise BadInput(f"what this id names is not a model's manifest: {error}") from error
+
+    async def _find_hint(self, digest: bytes) -> tuple[ObjectRef, str]:
+        """Return an object's size and chunk list as some peer says, and who said so."""
+
+        async def ask(neighbour: Neighbour) -> tuple[ObjectRef, str] | None:
+            hint = await neighbour.get_chunk_list(digest)
+            if hint is None or hint.size_bytes == 0:
+                return None
+            return ObjectRef(digest, hint.size_bytes, hint.chunk_list), neighbour.peer_id
+
+        return await self._inquiry.until_found([digest], ask, "the tensor")
+
+    async def _chunk_lists(
+        self, refs: Sequence[ObjectRef], keys: Sequence[bytes]
+    ) -> dict[bytes, bytes]:
+        """Return the chunk lists of objects, by the lists' digests."""
+        needed = {
+            ref.chunk_list: DIGEST_SIZE * chunk_count(ref.size_bytes)
+            for ref in refs
+            if ref.chunk_list
+        }
+        if any(size > MAX_BLOB_BYTES for size in needed.values()):
+            raise BadInput(f"a tensor is too large: its chunk list is over {MAX_BLOB_BYTES} bytes")
+        found: dict[bytes, bytes] = {}
+
+        def look_here() -> None:
+            for digest, size in needed.items():
+                data = self._store.get_blob(digest, size)
+                if data is not None and digest_of(data) == digest:
+                    found[digest] = data
+
+        await trio.to_thread.run_sync(look_here)
+
+        async def ask(neighbour: Neighbour) -> bool | None:
+            missing = {d: size for d, size in needed.items() if d not in found}
+            blobs = await neighbour.get_blobs(missing)
+            for digest, data in blobs.items():
+                if digest not in found:
+                    found[digest] = data
+                    self._overhead[neighbour.peer_id] += len(data)
+            return True if len(found) == len(needed) else None
+
+        if len(found) < len(needed):
+            await self._inquiry.until_found(keys, ask, "a list of chunks")
+        return found
+
+    # ---- objects
+
+    def _origins(self, manifest: Manifest, refs: Sequence[ObjectRef]) -> list[OriginSpec]:
+        """Return the origins, with places by digest turned into places by position."""
+        if not self._options.origins:
+            return []
+        places = {manifest.objects[i].digest: p for i, p in locate_objects(manifest).items()}
+        wanted = {ref.digest: places[ref.digest] for ref in refs if ref.digest in places}
+        paths = [file.path for file in manifest.files]
+        return [
+            OriginSpec(url, wanted, {path: file_url(url, path, paths) for path in paths})
+            for url in self._options.origins
+        ]
+
+    async def _bring(
+        self, result: FetchResult, refs: Sequence[ObjectRef], origins: Sequence[OriginSpec]
+    ) -> None:
+        """Bring objects into the store, and account for them in `result`."""
+        refs = [ref for ref in refs if ref.size_bytes]
+        lists = {
+            r.chunk_list: DIGEST_SIZE * chunk_count(r.size_bytes) for r in refs if r.chunk_list
+        }
+        result.bytes_total += sum(ref.size_bytes for ref in refs) + sum(lists.values())
+        here = self._store.records([ref.digest for ref in refs])
+        missing = [ref for ref in refs if ref.digest not in here]
+        if missing:
+            chunk_lists = await self._chunk_lists(missing, [result.digest])
+            incoming = await trio.to_thread.run_sync(self._take_up, missing, chunk_lists)
+            download = self._download(result, incoming, origins)
+            try:
+                await self._run(download, [result.digest], [ref.digest for ref in missing])
+            finally:
+                self._account(result, download)
+        else:
+            self._account(result, None)
+
+    def _take_up(
+        self, refs: Sequence[ObjectRef], chunk_lists: Mapping[bytes, bytes]
+    ) -> list[Incoming]:
+        incoming = []
+        for ref in refs:
+            if ref.chunk_list:
+                self._store.put_blob(chunk_lists[ref.chunk_list])
+            incoming.append(self._store.receive(ref, chunk_lists.get(ref.chunk_list, b"")))
+        missing = sum(each.missing_bytes() for each in incoming)
+        free = self._store.place.free_bytes()
+        if free < missing + min(MAX_SPARE_BYTES, missing // 8):
+            raise NoRoom(
+                f"no room on disk: {missing} bytes to fetch, {free} bytes free in "
+                f"{self._store.root}"
+            )
+        return incoming
+
+    def _download(
+        self, result: FetchResult, incoming: Sequence[Incoming], origins: Sequence[OriginSpec]
+    ) -> Download:
+        done = result.bytes_total - sum(each.missing_bytes() for each in incoming)
+
+        def count(byte_count: int) -> None:
+            nonlocal done
+            done += byte_count
+            self._options.on_progress(done, result.bytes_total)
+
+        self._options.on_progress(done, result.bytes_total)
+        services = self._services
+        return Download(
+            incoming,
+            neighbours=services.neighbours,
+            identity=services.identity,
+            addresses=services.bulk_addresses,
+            origins=origins,
+            rng=services.rng,
+            on_progress=count,
+        )
+
+    async def _run(
+        self, download: Download, keys: Sequence[bytes], digests: Sequence[bytes]
+    ) -> None:
+        download.open()
+        try:
+            async with trio.open_nursery() as nursery:
+                settled = trio.Event()
+                nursery.start_soon(self._supply, download, keys, digests, settled)
+                with trio.move_on_after(SETTLE_S):
+                    await settled.wait()
+                await download.run(self._options.timeout_s)
+                nursery.cancel_scope.cancel()
+        finally:
+            download.close()
+            with trio.CancelScope(shield=True), trio.move_on_after(0.5):
+                await self._unsubscribe([*keys, *digests])
+
+    # ---- sources
+
+    async def _supply(
+        self,
+        download: Download,
+        keys: Sequence[bytes],
+        digests: Sequence[bytes],
+        settled: trio.Event,
+    ) -> None:
+        """Keep a download in sources: ask neighbours what they hold, and find more."""
+        neighbours = self._services.neighbours
+        everything = [*keys, *digests]
+        async with trio.open_nursery() as nursery:
+            asking = nursery
+
+            def joined(peer_id: str) -> None:
+                download.search_is_over = False
+                asking.start_soon(self._want, peer_id, everything)
+
+            neighbours.joined.append(joined)
+            try:
+                async with trio.open_nursery() as first:
+                    asking = first
+                    for neighbour in neighbours.all():
+                        first.start_soon(self._want, neighbour.peer_id, everything)
+                    first.start_soon(self._search.round, keys)
+                asking = nursery
+                settled.set()
+                await self._keep_searching(download, keys, digests)
+            finally:
+                neighbours.joined.remove(joined)
+
+    async def _keep_searching(
+        self, download: Download, keys: Sequence[bytes], digests: Sequence[bytes]
+    ) -> None:
+        fruitless = 0
+        next_round = trio.current_time() + MORE_PEERS_PAUSE_S
+        while True:
+            lacking = sorted(download.lacking(), key=download.missing_bytes_of, reverse=True)
+            if lacking:
+                fruitless += 1
+                download.search_is_over = fruitless > FRUITLESS_ROUNDS
+                await trio.sleep(pause_s(fruitless - 1))
+            else:
+                fruitless = 0
+                download.search_is_over = False
+                await trio.sleep(LOOK_INTERVAL_S)
+                if trio.current_time() < next_round:
+                    continue
+            largest = [digests[index] for index in lacking[:LARGEST_LACKING]]
+            await self._search.round([*keys, *largest], widely=bool(lacking))
+            next_round = trio.current_time() + MORE_PEERS_PAUSE_S
+
+    async def _want(self, peer_id: str, digests: Sequence[bytes]) -> None:
+        neighbour = self._services.neighbours.get(peer_id)
+        if neighbour is None or peer_id in self._inquiry.distrusted:
+            return
+        try:
+            await neighbour.want(digests)
+        except RemoteError as error:
+            self._search.note_failure(peer_id, error)
+
+    async def _unsubscribe(self, digests: Sequence[bytes]) -> None:
+        for neighbour in self._services.neighbours.all():
+            try:
+                await neighbour.unwant(digests)
+            except RemoteError:
+                continue  # it is gone, and its subscriptions with it
+
+    # ---- the account
+
+    def _account(self, result: FetchResult, download: Download | None) -> None:
+        reports, wasted = download.reports() if download is not None else ([], 0)
+        by_id = {(report.kind, report.id): report for report in reports}
+        for peer_id, count in self._overhead.items():
+            old = by_id.get(("peer", peer_id), SourceReport("peer", peer_id, 0, False))
+            by_id["peer", peer_id] = SourceReport(
+                "peer", peer_id, old.bytes + count, old.dropped, old.reason
+            )
+        self._overhead.clear()
+        result.sources = sorted(by_id.values(), key=lambda report: -report.bytes)
+        result.bytes_peers = sum(r.bytes for r in result.sources if r.kind == "peer")
+        result.bytes_origin = sum(r.bytes for r in result.sources if r.kind == "origin")
+        result.bytes_local = result.bytes_total - result.bytes_peers - result.bytes_origin
+        result.bytes_wasted += wasted

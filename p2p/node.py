@@ -1,0 +1,336 @@
+"""A running node: host, DHT, neighbours and bulk server round one store.
+
+``async with Node(store) as node`` starts everything and stops it in the reverse
+order. The parts know nothing of each other beyond what this module hands them.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import logging
+import os
+import random
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import trio
+
+from tensorswarm.store.cid import MODEL_CODEC, parse_reference
+from tensorswarm.store.errors import BadInput, RemoteError
+from tensorswarm.store.place import disk_errors
+from tensorswarm.store.store import Store
+from tensorswarm.store.version import VERSION
+
+from . import wire, wire_limits
+from .addresses import PeerAddress, parse_peer_address, tcp_host
+from .announcer import Announcer
+from .answers import Answers
+from .bulk_server import BulkServer
+from .discovery import Discovery
+from .fetch import Fetch, FetchOptions, Progress
+from .host import Host
+from .identity import identity_for
+from .neighbours import Neighbours
+from .results import FetchResult
+from .services import Services
+from .tls import BulkIdentity
+
+DEFAULT_LISTEN = "/ip4/0.0.0.0/tcp/0"
+"""Every IPv4 interface, any free port."""
+
+LOOPBACK_LISTEN = "/ip4/127.0.0.1/tcp/0"
+
+BOOTSTRAP_PAUSES_S = (1.0, 2.0, 5.0, 15.0, 60.0)
+"""Pauses between attempts to reach the bootstrap peers; then the last one repeats."""
+
+STATE_FILE = "node.json"
+"""Where a running node says how to reach it, for other commands on the same store."""
+
+log = logging.getLogger("tensorswarm.node")
+
+
+class Node:
+    """A peer on the network. Use as ``async with Node(...) as node`` under trio.
+
+    Parameters
+    ----------
+    store : Store or Path
+        What it keeps and serves; a path is opened, and closed at the end.
+    listen : sequence of str
+        Addresses to listen on: multiaddrs or ``host:port``. Without any, every IPv4
+        interface; only loopback when all bootstrap peers are on loopback.
+    bootstrap : sequence of str
+        Addresses of peers to begin with, ending in ``/p2p/<peer id>``.
+    bulk_port : int
+        TCP port of the bulk plane, on the same interfaces; 0 for any free one.
+    server : bool
+        Whether to keep DHT records for others and to announce the store. A short
+        fetch does neither.
+    seed : int, optional
+        Seed of all random choices; from the system by default.
+
+    Attributes
+    ----------
+    peer_id : str
+        The node's public name, once it runs.
+    store : Store
+        Its store, once it runs.
+
+    Raises
+    ------
+    BadInput
+        An address is malformed or in use, or the store is of no use.
+    """
+
+    def __init__(
+        self,
+        store: Store | Path | str,
+        *,
+        listen: Sequence[str] = (),
+        bootstrap: Sequence[str] = (),
+        bulk_port: int = 0,
+        server: bool = True,
+        seed: int | None = None,
+    ) -> None:
+        self._given_store = store
+        self._bootstrap = [parse_peer_address(text) for text in bootstrap]
+        self._listen = tuple(listen) or (_default_listen(self._bootstrap),)
+        self._bulk_port = bulk_port
+        self._server = server
+        self._rng = random.Random(seed)
+        self._stack = AsyncExitStack()
+        self.peer_id = ""
+
+    # ---- life
+
+    async def __aenter__(self) -> Node:
+        try:
+            await self._start()
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self._stack.aclose()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool | None:
+        return await self._stack.__aexit__(kind, error, trace)
+
+    async def _start(self) -> None:
+        stack = self._stack
+        if isinstance(self._given_store, Store):
+            self.store = self._given_store
+        else:
+            self.store = await trio.to_thread.run_sync(Store, Path(self._given_store))
+            stack.callback(self.store.close)
+        key_pair, lock = await trio.to_thread.run_sync(identity_for, self.store.root)
+        if lock is not None:
+            stack.callback(lock.release)
+        self._identity = BulkIdentity(key_pair)
+        self._host = await stack.enter_async_context(Host(key_pair, self._listen))
+        self.peer_id = self._host.peer_id
+        self.neighbours = Neighbours(self._host, Answers(self.store), self._hello)
+        self._bulk = BulkServer(
+            self._identity,
+            self.store.open_reader,
+            self.neighbours.is_neighbour,
+            host=_bulk_host(self._host.addrs()),
+            port=self._bulk_port,
+        )
+        self._bulk.start()
+        stack.callback(self._bulk.close)
+        self.discovery = Discovery(self._host, server=self._server)
+        self._nursery = await stack.enter_async_context(trio.open_nursery())
+        stack.callback(self._nursery.cancel_scope.cancel)
+        await self._nursery.start(self.discovery.run)
+        await self._nursery.start(self.neighbours.run)
+        if self._bootstrap:
+            self._nursery.start_soon(self._keep_bootstrapped)
+        if self._server:
+            announcer = Announcer(self.store, self.discovery, self.neighbours, log.info)
+            self._nursery.start_soon(announcer.run)
+        if lock is not None and self._server:
+            self._write_state()
+            stack.callback(self._remove_state)
+
+    def _hello(self) -> wire.Hello:
+        _, port = self._bulk.address
+        addrs = self._host.addrs()[: wire_limits.MAX_HELLO_ADDRS]
+        return wire.Hello(
+            wire_limits.PROTOCOL_VERSION, f"tensorswarm/{VERSION}", (f":{port}",), addrs, ()
+        )
+
+    async def _keep_bootstrapped(self) -> None:
+        """Meet the bootstrap peers, and meet them again when they are lost."""
+        attempt = 0
+        while True:
+            outcome = await self.discovery.bootstrap(
+                [f"{peer.addrs[0]}/p2p/{peer.peer_id}" for peer in self._bootstrap]
+            )
+            for address, reason in outcome.failed.items():
+                log.warning("bootstrap peer %s: %s", address, reason)
+            for peer in self._bootstrap:
+                try:
+                    await self.neighbours.meet(peer)
+                except RemoteError as error:
+                    log.info("bootstrap peer %s is no neighbour: %s", peer.peer_id, error)
+            attempt = 0 if not outcome.failed else attempt + 1
+            await trio.sleep(BOOTSTRAP_PAUSES_S[min(attempt, len(BOOTSTRAP_PAUSES_S) - 1)])
+
+    # ---- what others on this machine may know
+
+    def _write_state(self) -> None:
+        path = self.store.root / STATE_FILE
+        state = {"pid": os.getpid(), "peer_id": self.peer_id, "addrs": list(self.addrs)}
+        temporary = self.store.place.temporary()
+        with disk_errors("cannot write the node's state"):
+            temporary.write_text(json.dumps(state))
+            temporary.replace(path)
+
+    def _remove_state(self) -> None:
+        (self.store.root / STATE_FILE).unlink(missing_ok=True)
+
+    # ---- use
+
+    @property
+    def addrs(self) -> tuple[str, ...]:
+        """The node's addresses, each ending in ``/p2p/<peer id>``."""
+        return self._host.addrs()
+
+    async def fetch(
+        self,
+        ref: str,
+        *,
+        origins: Sequence[str] = (),
+        include: Sequence[str] = (),
+        out: Path | None = None,
+        timeout_s: float = 30.0,
+        on_progress: Progress = lambda done, total: None,
+    ) -> FetchResult:
+        """Bring a model, or a bare tensor, into the store.
+
+        Parameters
+        ----------
+        ref : str
+            A model id, or a tensor's CID or 64-digit digest.
+        origins : sequence of str
+            URLs of HTTP servers that hold the model's files.
+        include : sequence of str
+            Patterns of file paths or tensor names; none for everything.
+        out : Path, optional
+            A folder to export the files to.
+        timeout_s : float
+            How long nothing may be found or arrive before giving up.
+        on_progress : callable
+            Called with the verified bytes so far and the bytes in all.
+
+        Raises
+        ------
+        NotFound, NoSource, HashMismatch, Refused, NoRoom, BadInput
+            As `Fetch` says.
+        """
+        reference = parse_reference(ref)
+        options = FetchOptions(tuple(origins), tuple(include), out, timeout_s, on_progress)
+        return await self.fetch_digest(
+            reference.digest, options, is_model=reference.codec == MODEL_CODEC
+        )
+
+    async def fetch_digest(
+        self, digest: bytes, options: FetchOptions, *, is_model: bool
+    ) -> FetchResult:
+        """Do as `fetch` does, for a digest that is parsed already."""
+        fetch = Fetch(self._services(), options)
+        return await (fetch.model(digest) if is_model else fetch.tensor(digest))
+
+    def _services(self) -> Services:
+        return Services(
+            self.store,
+            self.neighbours,
+            self.discovery,
+            self._identity,
+            self._bootstrap,
+            self._bulk_addresses,
+            self._rng,
+        )
+
+    def _bulk_addresses(self, peer_id: str) -> list[tuple[str, int]]:
+        """Return where a neighbour's bulk plane is: what it said, seen from here."""
+        neighbour = self.neighbours.get(peer_id)
+        seen_at = self._host.remote_host(peer_id)
+        if neighbour is None or seen_at is None:
+            return []
+        found = []
+        for text in neighbour.hello.bulk:
+            host, port = wire_limits.split_bulk_address(text)
+            # Only the address we see the peer at is dialled: a peer must not make us
+            # connect to third parties.
+            if not host or host == seen_at:
+                found.append((seen_at, port))
+        return found
+
+    async def meet_bootstrap(self, timeout_s: float) -> dict[str, str]:
+        """Meet the bootstrap peers once; return why some could not be met, by address."""
+        failed: dict[str, str] = {}
+
+        async def meet(peer: PeerAddress) -> None:
+            try:
+                await self.neighbours.meet(peer, timeout_s)
+            except RemoteError as error:
+                failed[f"{peer.addrs[0]}/p2p/{peer.peer_id}"] = str(error)
+
+        async with trio.open_nursery() as nursery:
+            for peer in self._bootstrap:
+                nursery.start_soon(meet, peer)
+        return failed
+
+    def statistics(self) -> dict[str, Any]:
+        """Return counters of the node, for people and logs."""
+        served = self._bulk.statistics()
+        return {
+            "neighbours": len(self.neighbours.all()),
+            "routing_table": self.discovery.routing_table_size(),
+            "bytes_served": served.bytes_sent,
+        }
+
+
+def running_node(store: Path) -> list[str]:
+    """Return the addresses of the node that runs on a store, if one does."""
+    try:
+        state = json.loads((store / STATE_FILE).read_text())
+        os.kill(int(state["pid"]), 0)
+        addrs = [str(text) for text in state["addrs"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [addr for addr in addrs if _is_loopback(addr)] or addrs[:1]
+
+
+def _is_loopback(addr: str) -> bool:
+    try:
+        host, _ = tcp_host(addr)
+        return ipaddress.ip_address(host).is_loopback
+    except (BadInput, ValueError):
+        return False
+
+
+def _default_listen(bootstrap: Sequence[PeerAddress]) -> str:
+    if bootstrap and all(_is_loopback(addr) for peer in bootstrap for addr in peer.addrs):
+        return LOOPBACK_LISTEN
+    return DEFAULT_LISTEN
+
+
+def _bulk_host(addrs: Sequence[str]) -> str:
+    """Return the address the bulk plane listens on, given the host's own."""
+    hosts = {ipaddress.ip_address(tcp_host(addr)[0]) for addr in addrs}
+    if not hosts:
+        return "127.0.0.1"
+    if len(hosts) == 1:
+        return str(next(iter(hosts)))
+    return "::" if any(host.version == 6 for host in hosts) else "0.0.0.0"

@@ -1,0 +1,527 @@
+"""A peer as a source: carries out the planner's requests over bulk connections.
+
+Purpose: take requests from a bounded queue, ask for their bytes ahead of what has
+arrived, and hand every chunk to the sink, which verifies and stores it.
+
+Rules
+- One thread per connection, one reused chunk buffer per thread, nothing kept.
+- A request is turned into range requests just before they are sent: chunks that
+  somebody else has brought meanwhile are not asked for, and a cancelled request is
+  not continued. What is on the wire already is taken and counted.
+- Every request ends in exactly one `done` or `failed`, a cancelled one in `done`
+  (nothing more will come of it), unless the source as a whole fails or is closed.
+- Bytes that do not match their hash, a broken protocol, refused access, a stall and a
+  fault of our own end the source. A request for bytes that the peer lacks ends that
+  request.
+- A cut connection costs the requests that were on it; those still queued get one new
+  connection. A second cut without a request answered in between ends the source.
+- After `close` nothing is reported, but a report that another thread has begun may
+  still be running when `close` returns: waiting for it could deadlock the caller.
+
+Not here: which chunks to ask for (the planner), and how fast is fast enough.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tensorswarm.store.digest import CHUNK_SIZE, chunk_length
+from tensorswarm.store.errors import HashMismatch, LocalError, RemoteError
+
+from .bulk_client import (
+    CONNECT_TIMEOUT_S,
+    STALL_TIMEOUT_S,
+    BulkConnection,
+    Busy,
+    Closed,
+    Denied,
+    Lacks,
+    Stalled,
+    Unreachable,
+)
+from .http1 import RangeRequest
+from .source import Failure, Outcome, Report, Request, Sink
+from .tls import BulkIdentity
+
+MAX_QUEUED_REQUESTS = 256
+"""Requests submitted and not begun: far more than a planner keeps at one source."""
+
+MAX_ADDRESSES = 8
+"""Addresses tried: with 5 s each, more would hold a thread for a minute."""
+
+MAX_RANGE_CHUNKS = 16
+"""Chunks in one range request: larger ones save nothing, smaller ones can be cancelled."""
+
+MAX_RANGES_AHEAD = 256
+"""Range requests on the wire: their 200 bytes each fit the sockets' buffers, so that
+sending them cannot wait for a peer that is itself sending."""
+
+MAX_BYTES_AHEAD = 16 << 20
+"""Bytes asked for beyond the answer being read: 1 Gbit/s over 130 ms."""
+
+PROGRESS_BYTES = 256 << 10
+"""Bytes after which progress is reported."""
+
+IDLE_CLOSE_S = 30.0
+"""Seconds without work after which a connection is given back: half of the server's
+own patience, so that no request meets a connection that is just being closed."""
+
+_log = logging.getLogger(__name__)
+
+
+class TooManyRequests(LocalError):
+    """More requests were submitted than a source queues."""
+
+
+class _Range(NamedTuple):
+    """Consecutive chunks of one object that are asked for together."""
+
+    object_index: int
+    object_size: int
+    first_chunk: int
+    chunks: int
+    asked: RangeRequest
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """A request on its way."""
+
+    request: Request
+    ranges: Iterator[_Range]
+    on_wire: int = 0
+    all_sent: bool = False
+    cancelled: bool = False
+    lacks: str | None = None
+
+
+class PeerSource:
+    """Carries out requests at one peer. Implements `source.SourceWorker`.
+
+    Parameters
+    ----------
+    source : str
+        The peer id, in base58.
+    addresses : sequence of (str, int)
+        Where its bulk server may be reached, tried in turn; numeric hosts.
+    identity : BulkIdentity
+        Our certificate.
+    sink : Sink
+        Verifies and stores chunks.
+    report : Report
+        Hears what became of everything.
+    connections : int, optional
+        Connections at most; each is opened when there is work for it.
+    pipeline_depth : int, optional
+        Requests that one connection has begun at the same time.
+    connect_timeout_s, stall_timeout_s, idle_close_s : float, optional
+        Seconds for one address, for any wait on the peer, and without work.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        addresses: Sequence[tuple[str, int]],
+        identity: BulkIdentity,
+        sink: Sink,
+        report: Report,
+        *,
+        connections: int = 1,
+        pipeline_depth: int = 4,
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
+        stall_timeout_s: float = STALL_TIMEOUT_S,
+        idle_close_s: float = IDLE_CLOSE_S,
+    ) -> None:
+        def connect(watch: Callable[[BulkConnection], None]) -> BulkConnection:
+            return _connect(source, addresses, identity, connect_timeout_s, stall_timeout_s, watch)
+
+        self._desk = _Desk(source, sink, report)
+        self._workers = [
+            _Worker(
+                self._desk, connect, pipeline_depth, idle_close_s, f"bulk-{source[-6:]}-{number}"
+            )
+            for number in range(connections)
+        ]
+        for worker in self._workers:
+            worker.thread.start()
+
+    def submit(self, request: Request) -> None:
+        """Queue a request behind those already submitted.
+
+        After `close`, or after the source has failed as a whole, it is ignored.
+
+        Raises
+        ------
+        TooManyRequests
+            `MAX_QUEUED_REQUESTS` are waiting.
+        """
+        self._desk.submit(request)
+
+    def cancel(self, request_id: int) -> None:
+        """Skip what has not been sent of a request; what is on the wire still comes.
+
+        It is reported as done when nothing more will come of it.
+        """
+        self._desk.cancel(request_id)
+
+    def close(self) -> None:
+        """Stop: connections are cut, threads end soon, nothing is reported after."""
+        self._desk.stop()
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the threads to end after `close`; False when some still run."""
+        deadline = time.monotonic() + timeout_s
+        for worker in self._workers:
+            worker.thread.join(max(0.0, deadline - time.monotonic()))
+        return not any(worker.thread.is_alive() for worker in self._workers)
+
+
+class _Desk:
+    """What the workers of one source share: queue, reports, and the end. Thread-safe."""
+
+    def __init__(self, source: str, sink: Sink, report: Report) -> None:
+        self.sink = sink
+        self._source = source
+        self._report = report
+        self._changed = threading.Condition()
+        self._queue: deque[_Job] = deque()
+        self._jobs: dict[int, _Job] = {}
+        self._waiting = 0
+        self._links: dict[_Worker, BulkConnection | None] = {}
+        self.stopped = False
+
+    def submit(self, request: Request) -> None:
+        with self._changed:
+            if self.stopped:
+                return
+            if len(self._queue) >= MAX_QUEUED_REQUESTS:
+                raise TooManyRequests(f"{MAX_QUEUED_REQUESTS} requests wait for {self._source}")
+            job = _Job(request, _ranges_of(request, self.sink))
+            self._queue.append(job)
+            self._jobs[request.request_id] = job
+            self._changed.notify()
+
+    def cancel(self, request_id: int) -> None:
+        with self._changed:
+            job = self._jobs.get(request_id)
+            if job is not None:
+                job.cancelled = True
+
+    def wait_for_job(self, timeout_s: float) -> _Job | None:
+        """Take the next request, for a worker that has none; None after the time."""
+        with self._changed:
+            self._waiting += 1
+            self._changed.wait_for(lambda: self._queue or self.stopped, timeout_s)
+            self._waiting -= 1
+            return self._queue.popleft() if self._queue else None
+
+    def take_job(self) -> _Job | None:
+        """Take a request ahead of time, unless it is there for a worker without any."""
+        with self._changed:
+            return self._queue.popleft() if len(self._queue) > self._waiting else None
+
+    def link(self, worker: _Worker, connection: BulkConnection | None) -> None:
+        """Note the connection that a worker has or is making, so that it can be cut."""
+        with self._changed:
+            self._links[worker] = connection
+            stopped = self.stopped
+        if stopped and connection is not None:
+            connection.abort()
+
+    def unlink(self, worker: _Worker) -> None:
+        """Note that a worker has no connection."""
+        with self._changed:
+            self._links.pop(worker, None)
+
+    def leave_to_others(self, worker: _Worker, jobs: Sequence[_Job]) -> bool:
+        """Give jobs back if another worker has a connection; True when it does."""
+        with self._changed:
+            if not any(other is not worker for other in self._links):
+                return False
+            for job in reversed(jobs):
+                fresh = _Job(job.request, _ranges_of(job.request, self.sink))
+                fresh.cancelled = job.cancelled
+                self._queue.appendleft(fresh)
+                self._jobs[job.request.request_id] = fresh
+            self._changed.notify_all()
+            return True
+
+    def stop(self) -> bool:
+        """Stop everything; False when that was done before."""
+        with self._changed:
+            if self.stopped:
+                return False
+            self.stopped = True
+            self._queue.clear()
+            self._jobs.clear()
+            connections = list(self._links.values())
+            self._changed.notify_all()
+        for connection in connections:
+            if connection is not None:
+                connection.abort()
+        return True
+
+    def fail(self, failure: Failure, detail: str) -> None:
+        """End the source and report why, once."""
+        if self.stop():
+            self._report.failed(self._source, None, failure, detail)
+
+    def finish(self, job: _Job, failure: Failure | None = None, detail: str = "") -> None:
+        """Report the end of a request."""
+        request_id = job.request.request_id
+        with self._changed:
+            if self._jobs.get(request_id) is job:
+                del self._jobs[request_id]
+        if self.stopped:
+            return
+        if failure is None:
+            self._report.done(self._source, request_id)
+        else:
+            self._report.failed(self._source, request_id, failure, detail)
+
+    def progress(self, job: _Job, byte_count: int) -> None:
+        if not self.stopped:
+            self._report.progress(self._source, job.request.request_id, byte_count)
+
+    def chunk(
+        self, job: _Job, object_index: int, chunk: int, outcome: Outcome, byte_count: int
+    ) -> None:
+        if not self.stopped:
+            self._report.chunk(
+                self._source, job.request.request_id, object_index, chunk, outcome, byte_count
+            )
+
+
+class _Worker:
+    """One thread and its connection."""
+
+    def __init__(
+        self,
+        desk: _Desk,
+        connect: Callable[[Callable[[BulkConnection], None]], BulkConnection],
+        pipeline_depth: int,
+        idle_close_s: float,
+        name: str,
+    ) -> None:
+        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._desk = desk
+        self._connect = connect
+        self._pipeline_depth = pipeline_depth
+        self._idle_close_s = idle_close_s
+        self._connection: BulkConnection | None = None
+        self._buffer = memoryview(bytearray(CHUNK_SIZE))
+        self._sending: _Job | None = None
+        self._open_jobs: list[_Job] = []  # begun and not finished, oldest first
+        self._wire: deque[tuple[_Job, _Range]] = deque()
+        self._wire_bytes = 0
+        self._chunks_read = 0  # of the first range on the wire
+        self._cuts = 0  # since a request was last answered
+
+    def _run(self) -> None:
+        try:
+            while not self._desk.stopped:
+                if not self._open_jobs:
+                    self._wait_for_job()
+                elif not self._try_step():
+                    return
+        except Exception as error:  # ours or the sink's: without this, a silent stall
+            _log.exception("a bulk worker failed")
+            self._desk.fail(Failure.LOCAL, f"{type(error).__name__}: {error}")
+        finally:
+            self._disconnect()
+
+    def _wait_for_job(self) -> None:
+        job = self._desk.wait_for_job(self._idle_close_s)
+        if job is None:
+            self._disconnect()
+        else:
+            self._begin(job)
+
+    def _try_step(self) -> bool:
+        """Take one step; False when this worker is through."""
+        try:
+            self._step()
+        except Closed as error:
+            self._take_cut(str(error))
+        except (Unreachable, Busy) as error:
+            self._disconnect()
+            if self._desk.leave_to_others(self, self._open_jobs):
+                return False
+            self._desk.fail(Failure.UNREACHABLE, str(error))
+        except RemoteError as error:
+            self._desk.fail(_failure_of(error), str(error))
+        except (LocalError, OSError) as error:  # the sink's: sockets raise RemoteError
+            self._desk.fail(Failure.LOCAL, str(error))
+        return True
+
+    def _step(self) -> None:
+        """Send what may be sent, then receive one chunk."""
+        if self._connection is None:
+            self._connection = self._connect(lambda made: self._desk.link(self, made))
+        self._send_ahead(self._connection)
+        if self._wire:
+            self._receive(self._connection)
+
+    def _begin(self, job: _Job) -> None:
+        self._sending = job
+        self._open_jobs.append(job)
+
+    def _send_ahead(self, connection: BulkConnection) -> None:
+        """Fill the wire when it is half empty, so that small requests leave together."""
+        if len(self._wire) > MAX_RANGES_AHEAD // 2 or self._wire_bytes > MAX_BYTES_AHEAD // 2:
+            return
+        batch: list[RangeRequest] = []
+        while len(self._wire) < MAX_RANGES_AHEAD and self._wire_bytes < MAX_BYTES_AHEAD:
+            found = self._next_range()
+            if found is None:
+                break
+            self._wire.append(found)
+            self._wire_bytes += found[1].asked.length
+            batch.append(found[1].asked)
+        if batch:
+            connection.send_gets(batch)
+
+    def _next_range(self) -> tuple[_Job, _Range] | None:
+        while True:
+            job = self._sending
+            if job is None:
+                if len(self._open_jobs) >= self._pipeline_depth:
+                    return None
+                taken = self._desk.take_job()
+                if taken is None:
+                    return None
+                self._begin(taken)
+                continue
+            if not job.cancelled and job.lacks is None:
+                for found in job.ranges:
+                    job.on_wire += 1
+                    return job, found
+            self._sending = None
+            job.all_sent = True
+            self._finish_if_through(job)
+
+    def _receive(self, connection: BulkConnection) -> None:
+        job, asked = self._wire[0]
+        if self._chunks_read == 0:
+            try:
+                connection.read_head()
+            except Lacks as error:
+                job.lacks = str(error)
+                self._wire_bytes -= asked.asked.length
+                self._drop_range(job)
+                return
+        chunk = asked.first_chunk + self._chunks_read
+        length = chunk_length(asked.object_size, chunk)
+        data = self._buffer[:length]
+        for start in range(0, length, PROGRESS_BYTES):
+            piece = data[start : start + PROGRESS_BYTES]
+            connection.read_into(piece)
+            self._desk.progress(job, len(piece))
+        self._wire_bytes -= length
+        outcome = self._desk.sink.write_chunk(asked.object_index, chunk, data)
+        self._desk.chunk(job, asked.object_index, chunk, outcome, length)
+        if outcome is Outcome.REFUSED:
+            raise HashMismatch(
+                f"chunk {chunk} of object {asked.asked.digest.hex()} does not match its hash"
+            )
+        self._chunks_read += 1
+        if self._chunks_read == asked.chunks:
+            self._drop_range(job)
+
+    def _drop_range(self, job: _Job) -> None:
+        self._wire.popleft()
+        self._chunks_read = 0
+        job.on_wire -= 1
+        self._finish_if_through(job)
+
+    def _finish_if_through(self, job: _Job) -> None:
+        if not job.all_sent or job.on_wire:
+            return
+        self._open_jobs.remove(job)
+        self._cuts = 0
+        if job.lacks is not None:
+            self._desk.finish(job, Failure.LACKS, job.lacks)
+        else:
+            self._desk.finish(job)
+
+    def _take_cut(self, detail: str) -> None:
+        """Give up what was on a connection that was cut; the rest gets one more."""
+        self._disconnect()
+        self._cuts += 1
+        if self._cuts > 1:
+            self._desk.fail(Failure.CLOSED, detail)
+            return
+        lost = [job for job in self._open_jobs if job.on_wire]
+        self._open_jobs = [job for job in self._open_jobs if not job.on_wire]
+        if self._sending in lost:
+            self._sending = None
+        for job in lost:
+            self._desk.finish(job, Failure.CLOSED, detail)
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        self._desk.unlink(self)
+        self._wire.clear()
+        self._wire_bytes = self._chunks_read = 0
+
+
+def _failure_of(error: RemoteError) -> Failure:
+    for kind, failure in (
+        (Stalled, Failure.STALLED),
+        (Denied, Failure.REFUSED_ACCESS),
+        (HashMismatch, Failure.BAD_BYTES),
+    ):
+        if isinstance(error, kind):
+            return failure
+    return Failure.PROTOCOL
+
+
+def _ranges_of(request: Request, sink: Sink) -> Iterator[_Range]:
+    """Yield what a request still asks for, as of the moment it is looked at."""
+    for index, first, count in request.spans:
+        digest, size = sink.wanted(index)
+        chunk, end = first, first + count
+        while chunk < end:
+            run = 0
+            while (
+                chunk + run < end and run < MAX_RANGE_CHUNKS and sink.is_missing(index, chunk + run)
+            ):
+                run += 1
+            if run:
+                offset = chunk * CHUNK_SIZE
+                length = min(size, offset + run * CHUNK_SIZE) - offset
+                yield _Range(index, size, chunk, run, RangeRequest(digest, offset, length))
+            chunk += max(run, 1)
+
+
+def _connect(
+    peer_id: str,
+    addresses: Sequence[tuple[str, int]],
+    identity: BulkIdentity,
+    connect_timeout_s: float,
+    stall_timeout_s: float,
+    watch: Callable[[BulkConnection], None],
+) -> BulkConnection:
+    """Connect to the first address where the peer answers."""
+    faults = []
+    for address in addresses[:MAX_ADDRESSES]:
+        try:
+            return BulkConnection.connect(
+                address,
+                identity,
+                peer_id,
+                timeout_s=connect_timeout_s,
+                stall_timeout_s=stall_timeout_s,
+                watch=watch,
+            )
+        except RemoteError as error:  # somebody else at the address included
+            faults.append(str(error))
+    raise Unreachable("; ".join(faults) or "no address is known")

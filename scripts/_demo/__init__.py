@@ -1,0 +1,1 @@
+"""What `scripts/demo` runs: the story, its processes, and what it prints."""

@@ -1,0 +1,1 @@
+"""Experiments that drive the real planner on a simulated network."""

@@ -1,0 +1,1 @@
+"""The disk half: digests, manifests, file formats, the tensor store and the catalog."""

@@ -1,0 +1,145 @@
+"""Element types of tensors: their names, widths, and numpy counterparts.
+
+The names are those of safetensors (``Dtype`` in its reference implementation,
+``safetensors/src/tensor.rs``); every format parser translates into them. A
+tensor's bytes are little-endian, in C order, without padding; elements narrower
+than a byte are packed, and a tensor of them must fill whole bytes.
+
+``numpy`` and ``ml_dtypes`` are imported only when somebody asks for an array.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from .digest import MAX_OBJECT_SIZE
+from .errors import BadInput
+from .names import quoted
+
+if TYPE_CHECKING:
+    import numpy
+
+DTYPE_BITS: dict[str, int] = {
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "C64": 64,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+}
+"""Width of one element in bits, by name."""
+
+MAX_DIMENSIONS = 32
+"""Most dimensions of a tensor: numpy's own limit before version 2 (``NPY_MAXDIMS``)."""
+
+_MAX_BITS = 8 * MAX_OBJECT_SIZE
+
+_NUMPY_NAMES = {
+    "BOOL": "bool",
+    "U8": "u1",
+    "I8": "i1",
+    "I16": "<i2",
+    "U16": "<u2",
+    "F16": "<f2",
+    "I32": "<i4",
+    "U32": "<u4",
+    "F32": "<f4",
+    "C64": "<c8",
+    "F64": "<f8",
+    "I64": "<i8",
+    "U64": "<u8",
+}
+
+_ML_DTYPES_NAMES = {
+    "BF16": "bfloat16",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}
+
+
+def tensor_size_bytes(dtype: str, shape: Sequence[int]) -> int:
+    """Return the bytes that a tensor of this type and shape takes.
+
+    Parameters
+    ----------
+    dtype : str
+        A name from ``DTYPE_BITS``.
+    shape : sequence of int
+        The length of each dimension; empty for a scalar, zeros allowed.
+
+    Raises
+    ------
+    BadInput
+        The type is unknown, there are too many dimensions, one is negative, the
+        tensor would be larger than ``MAX_OBJECT_SIZE``, or it would end inside
+        a byte. A zero does not excuse other dimensions that are too large:
+        numpy could not make such an array.
+    """
+    bits = DTYPE_BITS.get(dtype)
+    if bits is None:
+        raise BadInput(f"unknown dtype {quoted(dtype)}")
+    if len(shape) > MAX_DIMENSIONS:
+        raise BadInput(f"a tensor of {len(shape)} dimensions, at most {MAX_DIMENSIONS}")
+    empty = False
+    for length in shape:
+        if length > 0:
+            bits *= length
+            if bits > _MAX_BITS:
+                raise BadInput(f"a tensor larger than {MAX_OBJECT_SIZE} bytes")
+        elif length == 0:
+            empty = True
+        else:
+            raise BadInput("a tensor with a negative dimension")
+    if empty:
+        return 0
+    if bits % 8:
+        raise BadInput(f"a {dtype} tensor of {bits} bits, which are not whole bytes")
+    return bits // 8
+
+
+def numpy_dtype(name: str) -> numpy.dtype[Any]:
+    """Return the numpy type with which a tensor's bytes can be viewed.
+
+    Parameters
+    ----------
+    name : str
+        A name from ``DTYPE_BITS``.
+
+    Raises
+    ------
+    BadInput
+        The type is unknown, or packs elements narrower than a byte, for which
+        numpy has no type.
+    """
+    import numpy
+
+    if name in _NUMPY_NAMES:
+        return numpy.dtype(_NUMPY_NAMES[name])
+    if name in _ML_DTYPES_NAMES:
+        import ml_dtypes
+
+        dtype: numpy.dtype[Any] = numpy.dtype(getattr(ml_dtypes, _ML_DTYPES_NAMES[name]))
+        return dtype
+    if name in DTYPE_BITS:
+        raise BadInput(f"numpy has no packed type for {name}: take the tensor's raw bytes")
+    raise BadInput(f"unknown dtype {quoted(name)}")

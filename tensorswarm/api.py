@@ -1,0 +1,279 @@
+"""The library's face: fetch, load and add, for programs that do not run a node."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tensorswarm.store.errors import BadInput, NotFound
+from tensorswarm.store.store import Store
+
+from .refs import Ref, RefKind, parse_ref
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from tensorswarm.p2p.results import FetchResult
+    from tensorswarm.store.manifest import Manifest
+
+    Array = NDArray[np.generic]
+
+DEFAULT_TIMEOUT_S = 30.0
+"""How long nothing may be found or arrive before a fetch gives up."""
+
+HOME_VARIABLE = "TENSORSWARM_HOME"
+
+Progress = Callable[[int, int], None]
+
+
+def default_store() -> Path:
+    """Return the store's place: ``TENSORSWARM_HOME``, or the platform's data folder."""
+    home = os.environ.get(HOME_VARIABLE)
+    if home:
+        return Path(home)
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support" / "tensorswarm"
+    data = os.environ.get("XDG_DATA_HOME")
+    return (Path(data) if data else Path.home() / ".local" / "share") / "tensorswarm"
+
+
+def add(
+    paths: Sequence[str | Path] | str | Path,
+    *,
+    store: str | Path | None = None,
+    copy: bool = True,
+) -> str:
+    """Add a model's files to the store.
+
+    Parameters
+    ----------
+    paths : path or sequence of paths
+        Files and folders that together are one model.
+    store : path, optional
+        The store; by default `default_store()`.
+    copy : bool
+        False to register the files' byte ranges where they lie.
+
+    Returns
+    -------
+    str
+        The model id.
+
+    Raises
+    ------
+    BadInput
+        A file is malformed or cannot be read; the store is as it was.
+    NoRoom
+        The disk is full.
+    """
+    from tensorswarm.store.ingest import add_paths
+
+    given = [paths] if isinstance(paths, str | Path) else list(paths)
+    with Store(Path(store or default_store())) as opened:
+        ingested = add_paths(opened, [Path(path) for path in given], copy=copy)
+        opened.sync()
+        return ingested.manifest.model_id
+
+
+def fetch(
+    ref: str,
+    *,
+    store: str | Path | None = None,
+    bootstrap: Sequence[str] = (),
+    origins: Sequence[str] = (),
+    include: Sequence[str] = (),
+    out: str | Path | None = None,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+) -> Path:
+    """Fetch a model and return a folder with its files, bit for bit.
+
+    Parameters
+    ----------
+    ref : str
+        A model id.
+    store : path, optional
+        The store; by default `default_store()`.
+    bootstrap : sequence of str
+        Addresses of peers to begin with, ``/ip4/…/tcp/…/p2p/…``; by default the node
+        that runs on this store.
+    origins : sequence of str
+        URLs of HTTP servers that hold the model's files.
+    include : sequence of str
+        Patterns of file paths or tensor names; none for everything.
+    out : path, optional
+        The folder; by default one inside the store.
+    timeout_s : float
+        How long nothing may be found or arrive before giving up.
+
+    Raises
+    ------
+    TensorswarmError
+        One of its kinds: `BadInput`, `NotFound`, `NoSource`, `HashMismatch`, `NoRoom`.
+    """
+    parsed = parse_ref(ref)
+    if parsed.kind is RefKind.PATH:
+        return parsed.path
+    root = Path(store or default_store())
+    folder = Path(out) if out is not None else root / "exports" / ref
+    with Store(root) as opened:
+        fetch_into(
+            opened,
+            parsed,
+            bootstrap=bootstrap,
+            origins=origins,
+            include=include,
+            out=folder,
+            timeout_s=timeout_s,
+        )
+        opened.sync()
+    return folder
+
+
+def load(
+    ref: str,
+    *,
+    store: str | Path | None = None,
+    bootstrap: Sequence[str] = (),
+    origins: Sequence[str] = (),
+    include: Sequence[str] = (),
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+) -> dict[str, Array]:
+    """Return a model's tensors as read-only numpy arrays, mapped and not copied.
+
+    What is not in the store is fetched first. The parameters are those of `fetch`; a
+    local path is taken as well, and mapped where it lies.
+
+    Returns
+    -------
+    dict of str to numpy.ndarray
+        Arrays by tensor name; BF16 and 8-bit floats have the dtypes of ``ml_dtypes``.
+
+    Raises
+    ------
+    TensorswarmError
+        As for `fetch`.
+    """
+    from tensorswarm.store.ingest import add_paths
+    from tensorswarm.store.load import load_tensors
+
+    parsed = parse_ref(ref)
+    if parsed.kind is RefKind.TENSOR:
+        raise BadInput("load takes a model: a bare tensor has no name, dtype or shape")
+    with Store(Path(store or default_store())) as opened:
+        if parsed.kind is RefKind.PATH:
+            manifest = add_paths(opened, [parsed.path], copy=False).manifest
+        else:
+            result = fetch_into(
+                opened,
+                parsed,
+                bootstrap=bootstrap,
+                origins=origins,
+                include=include,
+                timeout_s=timeout_s,
+            )
+            assert result.manifest is not None  # a model was asked for
+            manifest = result.manifest
+        return load_tensors(opened, manifest, include)
+
+
+def local_result(store: Store, ref: Ref, include: Sequence[str]) -> FetchResult | None:
+    """Return the result of a fetch that needs no network, or None if it needs one."""
+    from tensorswarm.p2p.results import FetchResult
+    from tensorswarm.store.export import select
+
+    if ref.kind is RefKind.TENSOR:
+        record = store.records([ref.digest]).get(ref.digest)
+        if record is None:
+            return None
+        return FetchResult(ref.digest, bytes_total=record.size_bytes, bytes_local=record.size_bytes)
+    manifest = store.manifest(ref.digest)
+    if manifest is None:
+        return None
+    chosen = select(manifest, include)
+    if store.missing_objects(manifest, chosen):
+        return None
+    from tensorswarm.store.digest import DIGEST_SIZE, chunk_count
+
+    refs = [manifest.objects[index] for index in chosen]
+    total = store.records([ref.digest])[ref.digest].size_bytes
+    total += sum(each.size_bytes for each in refs)
+    lists = {each.chunk_list: DIGEST_SIZE * chunk_count(each.size_bytes) for each in refs}
+    total += sum(size for digest, size in lists.items() if digest)
+    return FetchResult(ref.digest, manifest, bytes_total=total, bytes_local=total)
+
+
+def fetch_into(
+    store: Store,
+    ref: Ref,
+    *,
+    bootstrap: Sequence[str] = (),
+    origins: Sequence[str] = (),
+    include: Sequence[str] = (),
+    out: Path | None = None,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    on_progress: Progress | None = None,
+) -> FetchResult:
+    """Fetch into an open store; starts a node for it only when something is missing.
+
+    Raises
+    ------
+    TensorswarmError
+        As for `fetch`.
+    """
+    result = local_result(store, ref, include)
+    if result is None:
+        result = _fetch_from_network(
+            store, ref, bootstrap, origins, include, timeout_s, on_progress
+        )
+    if out is not None:
+        result.path = export_result(store, result, include, out)
+    return result
+
+
+def export_result(store: Store, result: FetchResult, include: Sequence[str], out: Path) -> Path:
+    """Write what was fetched below `out`: a model's files, or a bare tensor's bytes."""
+    from tensorswarm.store.export import export_files, export_object, select, whole_files
+
+    if result.manifest is None:
+        export_object(store, result.digest, out / result.id)
+    else:
+        manifest: Manifest = result.manifest
+        files = whole_files(manifest, select(manifest, include))
+        export_files(store, manifest, files, out)
+    return out
+
+
+def _fetch_from_network(
+    store: Store,
+    ref: Ref,
+    bootstrap: Sequence[str],
+    origins: Sequence[str],
+    include: Sequence[str],
+    timeout_s: float,
+    on_progress: Progress | None,
+) -> FetchResult:
+    import trio
+
+    from tensorswarm.p2p.fetch import FetchOptions, one_error
+    from tensorswarm.p2p.node import Node, running_node
+
+    options = FetchOptions(
+        origins=tuple(origins),
+        include=tuple(include),
+        timeout_s=timeout_s,
+        on_progress=on_progress or (lambda done, total: None),
+    )
+    peers = list(bootstrap) or running_node(store.root)
+
+    async def main() -> Any:
+        async with one_error(), Node(store, bootstrap=peers, server=False) as node:
+            return await node.fetch_digest(ref.digest, options, is_model=ref.kind is RefKind.MODEL)
+
+    if ref.kind is RefKind.PATH:
+        raise NotFound("a local path is not fetched")
+    result: FetchResult = trio.run(main)
+    return result

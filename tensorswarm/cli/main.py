@@ -1,0 +1,244 @@
+"""Arguments, dispatch, and what becomes of errors.
+
+Every command has ``--store DIR`` and ``--json``. With ``--json`` standard output holds
+one JSON document (for an error, ``{"error": …, "exit_code": …}``); people's text,
+logs and progress go to standard error. An error is one line and never a traceback;
+``TENSORSWARM_DEBUG=1`` shows where it came from.
+
+Exit codes: 0 done · 1 damaged store or a fault of ours · 2 wrong usage or bad input ·
+3 not found anywhere · 4 no source reachable in time · 5 bytes did not match their
+hash · 6 no room on disk · 7 refused · 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tensorswarm.api import DEFAULT_TIMEOUT_S, default_store
+from tensorswarm.store.errors import BadInput, TensorswarmError
+from tensorswarm.store.version import VERSION
+
+from . import commands
+from .output import Output
+
+DEBUG_VARIABLE = "TENSORSWARM_DEBUG"
+
+INTERRUPTED = 130
+
+MAX_BOOTSTRAP_FILE_BYTES = 1 << 20
+"""Largest file read for ``--bootstrap @FILE``; an address has under 512 characters."""
+
+Handler = Callable[[argparse.Namespace, Output], int]
+
+
+def positive_seconds(text: str) -> float:
+    """Read a duration in seconds for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value <= 86400:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return value
+
+
+def port_number(text: str) -> int:
+    """Read a TCP port for argparse."""
+    if not text.isascii() or not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535")
+    return int(text)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="tensorswarm",
+        description="Share and fetch model weights by the hash of each tensor's bytes.",
+        epilog="A REF is a model id, a tensor's CID or 64-digit digest, or a local path.",
+    )
+    parser.add_argument("--version", action="version", version=f"tensorswarm {VERSION}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--store",
+        type=Path,
+        metavar="DIR",
+        help="the store (else $TENSORSWARM_HOME, else the platform's data folder)",
+    )
+    common.add_argument("--json", action="store_true", help="print one JSON document")
+    network = argparse.ArgumentParser(add_help=False)
+    network.add_argument(
+        "--bootstrap",
+        action="append",
+        default=[],
+        metavar="ADDR",
+        help="a peer to begin with, /ip4/…/tcp/…/p2p/…, or @FILE with one a line "
+        "(default: the node that runs on this store)",
+    )
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(
+        name: str, handler: Handler, summary: str, *parents: argparse.ArgumentParser
+    ) -> argparse.ArgumentParser:
+        sub = subparsers.add_parser(
+            name, help=summary, description=summary, parents=[common, *parents]
+        )
+        sub.set_defaults(handler=handler)
+        return sub
+
+    _add_local_commands(command)
+    _add_network_commands(command, network)
+    return parser
+
+
+def _add_local_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
+    sub = command("add", commands.add, "add a model's files to the store")
+    sub.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="files and folders")
+    sub.add_argument(
+        "--no-copy", action="store_true", help="register the files' bytes where they lie"
+    )
+    command("ls", commands.ls, "list the models in the store")
+    sub = command("info", commands.info, "show what a model or a tensor is made of")
+    sub.add_argument("ref", metavar="REF")
+    sub.add_argument("--tensors", action="store_true", help="list every tensor")
+    sub = command("verify", commands.verify, "hash what the store has, and drop what is damaged")
+    sub.add_argument("ref", nargs="?", metavar="REF", help="one model or tensor (default: all)")
+    sub = command("export", commands.export, "write a model's files, bit for bit")
+    sub.add_argument("ref", metavar="REF")
+    sub.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="where to write them")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="the same as DIR")
+    _add_include(sub)
+
+
+def _add_network_commands(
+    command: Callable[..., argparse.ArgumentParser], network: argparse.ArgumentParser
+) -> None:
+    sub = command("node", commands.node, "run a peer until interrupted", network)
+    sub.add_argument(
+        "--listen",
+        action="append",
+        default=[],
+        metavar="ADDR",
+        help="where to listen: /ip4/0.0.0.0/tcp/4001 or host:port (default: every "
+        "interface, any free port; only loopback with loopback bootstraps)",
+    )
+    sub.add_argument(
+        "--bulk-port",
+        type=port_number,
+        default=0,
+        metavar="PORT",
+        help="TCP port of the bulk plane (default: any free one)",
+    )
+    sub.add_argument(
+        "--http", metavar="HOST:PORT", help="serve the store's models over plain HTTP as well"
+    )
+    sub = command("fetch", commands.fetch, "fetch a model or a tensor", network)
+    sub.add_argument("ref", metavar="REF")
+    sub.add_argument(
+        "--origin",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="an HTTP server that holds the model's files",
+    )
+    _add_include(sub)
+    sub.add_argument("--out", type=Path, metavar="DIR", help="export the files there")
+    _add_timeout(sub)
+    sub = command("peers", commands.peers, "show the peers that can be reached", network)
+    sub.add_argument("ref", nargs="?", metavar="REF", help="only peers that hold some of it")
+    _add_timeout(sub)
+
+
+def _add_include(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--include",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="only these files (by path) or tensors (by name)",
+    )
+
+
+def _add_timeout(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--timeout",
+        type=positive_seconds,
+        default=DEFAULT_TIMEOUT_S,
+        metavar="S",
+        help="give up when nobody is found or nothing arrives for so long (default %(default)g s)",
+    )
+
+
+def expand_bootstrap(texts: Sequence[str]) -> list[str]:
+    """Return addresses, with each ``@FILE`` replaced by the lines of the file."""
+    found: list[str] = []
+    for text in texts:
+        if not text.startswith("@"):
+            found.append(text)
+            continue
+        path = Path(text[1:])
+        try:
+            with path.open(encoding="utf-8") as file:
+                content = file.read(MAX_BOOTSTRAP_FILE_BYTES)
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadInput(f"--bootstrap {text}: cannot be read: {error}") from error
+        lines = (line.strip() for line in content.splitlines())
+        found += [line for line in lines if line and not line.startswith("#")]
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code."""
+    args = build_parser().parse_args(arguments)
+    output = Output(as_json=args.json)
+    debug = os.environ.get(DEBUG_VARIABLE) == "1"
+    try:
+        args.store = args.store or default_store()
+        if hasattr(args, "bootstrap"):
+            args.bootstrap = expand_bootstrap(args.bootstrap)
+        handler: Handler = args.handler
+        return handler(args, output)
+    except KeyboardInterrupt:
+        output.note("interrupted; what was verified is kept")
+        return INTERRUPTED
+    except BrokenPipeError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except TensorswarmError as error:
+        if debug:
+            raise
+        output.error(str(error), error.exit_code)
+        return error.exit_code
+    except BaseExceptionGroup as group:
+        if debug:
+            raise
+        return _group_failed(group, output)
+    except Exception as error:
+        if debug:
+            raise
+        output.error(
+            f"internal error: {type(error).__name__}: {error} "
+            f"(run with {DEBUG_VARIABLE}=1 for the details)",
+            1,
+        )
+        return 1
+
+
+def _group_failed(group: BaseExceptionGroup[BaseException], output: Output) -> int:
+    """Report errors that came out of several tasks at once: ours first."""
+    if group.subgroup(KeyboardInterrupt) is not None:
+        output.note("interrupted; what was verified is kept")
+        return INTERRUPTED
+    ours = group.subgroup(TensorswarmError)
+    error: BaseException = ours if ours is not None else group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    code = error.exit_code if isinstance(error, TensorswarmError) else 1
+    text = str(error) if ours is not None else f"internal error: {type(error).__name__}: {error}"
+    output.error(text, code)
+    return code

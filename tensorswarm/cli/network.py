@@ -1,0 +1,176 @@
+"""The commands that use the network: node, fetch, peers."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from tensorswarm.api import export_result, fetch_into
+from tensorswarm.refs import RefKind, parse_ref
+from tensorswarm.store.errors import BadInput, NoSource
+from tensorswarm.store.store import Store
+
+from .output import Output, human_bytes, human_rate
+
+if TYPE_CHECKING:
+    from tensorswarm.p2p.node import Node
+    from tensorswarm.p2p.results import FetchResult
+
+REPORT_INTERVAL_S = 10.0
+"""How often a node at a terminal says how it is doing."""
+
+
+def fetch(args: argparse.Namespace, output: Output) -> int:
+    """Fetch a model or a tensor, and export it when asked to."""
+    ref = parse_ref(args.ref)
+    if ref.kind is RefKind.PATH:
+        raise BadInput(f"{args.ref} is here already: `tensorswarm add` takes local files")
+    with Store(args.store) as store:
+        with output.progress("fetching") as show:
+            result = fetch_into(
+                store,
+                ref,
+                bootstrap=args.bootstrap,
+                origins=args.origin,
+                include=args.include,
+                timeout_s=args.timeout,
+                on_progress=show,
+            )
+        if args.out is not None:
+            result.path = export_result(store, result, args.include, args.out)
+        store.sync()
+    output.result(result.as_json(), lambda: _print_fetch(result, output))
+    return 0
+
+
+def _print_fetch(result: FetchResult, output: Output) -> None:
+    moved = result.bytes_peers + result.bytes_origin
+    output.say(
+        f"{human_bytes(result.bytes_total)}: {human_bytes(result.bytes_local)} were here, "
+        f"{human_bytes(moved)} came in {result.seconds:.2f} s "
+        f"({human_rate(moved, result.seconds)})"
+    )
+    if result.bytes_wasted:
+        output.say(f"{human_bytes(result.bytes_wasted)} received in vain")
+    if result.sources:
+        output.say()
+        rows = [
+            [
+                source.kind,
+                source.id,
+                human_bytes(source.bytes),
+                f"{source.bytes / moved:.0%}" if moved else "-",
+                f"dropped: {source.reason}" if source.dropped else source.reason,
+            ]
+            for source in result.sources
+        ]
+        output.table(["from", "who", "gave ", "share ", ""], rows)
+    if result.path is not None:
+        output.say()
+        output.say(f"files: {result.path}")
+
+
+def node(args: argparse.Namespace, output: Output) -> int:
+    """Run a peer until SIGINT or SIGTERM."""
+    import trio
+
+    from tensorswarm.p2p.fetch import one_error
+    from tensorswarm.p2p.gateway import Gateway
+    from tensorswarm.p2p.node import Node
+
+    _set_up_logging()
+
+    async def main() -> None:
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            async with (
+                one_error(),
+                Node(
+                    args.store,
+                    listen=args.listen,
+                    bootstrap=args.bootstrap,
+                    bulk_port=args.bulk_port,
+                ) as running,
+            ):
+                gateway = Gateway(running.store, args.http) if args.http else None
+                if gateway is not None:
+                    gateway.start()
+                try:
+                    _say_ready(running, gateway.url if gateway else None, output)
+                    async for _ in signals:
+                        break
+                finally:
+                    if gateway is not None:
+                        gateway.close()
+
+    trio.run(main)
+    return 0
+
+
+def _say_ready(running: Node, http: str | None, output: Output) -> None:
+    document = {"peer_id": running.peer_id, "addrs": list(running.addrs), "http": http}
+
+    def text() -> None:
+        output.say(f"peer id  {running.peer_id}")
+        for addr in running.addrs:
+            output.say(f"address  {addr}")
+        if http:
+            output.say(f"http     {http}")
+        output.say(f"store    {running.store.root}")
+        output.say("running until interrupted (Ctrl-C)")
+
+    output.result(document, text)
+
+
+def _set_up_logging() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("tensorswarm")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    # py-libp2p logs every dropped connection of a stranger as an error.
+    logging.getLogger("libp2p").setLevel(logging.CRITICAL)
+
+
+def peers(args: argparse.Namespace, output: Output) -> int:
+    """Show the peers that can be reached, and what they hold of a model."""
+    import trio
+
+    from tensorswarm.p2p.fetch import one_error
+    from tensorswarm.p2p.node import Node, running_node
+    from tensorswarm.p2p.survey import survey
+
+    logging.getLogger("libp2p").setLevel(logging.CRITICAL)
+    ref = parse_ref(args.ref) if args.ref else None
+    if ref is not None and ref.kind is RefKind.PATH:
+        raise BadInput("peers takes a model id or a tensor digest, not a path")
+    bootstrap = args.bootstrap or running_node(args.store)
+    if not bootstrap:
+        raise NoSource("there is nobody to ask: give --bootstrap, or start a node on this store")
+
+    async def main() -> list[dict[str, Any]]:
+        async with one_error(), Node(args.store, bootstrap=bootstrap, server=False) as asking:
+            return await survey(asking, ref.digest if ref else b"", args.timeout)
+
+    begun = time.monotonic()
+    found = trio.run(main)
+    document = {"peers": found, "seconds": round(time.monotonic() - begun, 3)}
+
+    def text() -> None:
+        rows = [
+            [
+                peer["peer_id"],
+                peer["agent"],
+                f"{peer['rtt_ms']:.1f}",
+                human_bytes(peer["bytes_held"]) if ref else "-",
+                peer["addrs"][0] if peer["addrs"] else "-",
+            ]
+            for peer in found
+        ]
+        output.table(["peer", "agent", "ms ", "holds ", "address"], rows)
+
+    output.result(document, text)
+    return 0
