@@ -37,15 +37,13 @@ def tensorswarm_fetch(target: str, model: str, address: str) -> dict[str, float]
 
 def libtorrent_fetch(target: str, torrent: str, port: str) -> dict[str, float]:
     """Fetch with libtorrent, in the clear."""
-    import libtorrent
-
-    from .torrent import new_session
+    from .torrent import new_session, parameters
 
     session = new_session(0)
-    info = libtorrent.torrent_info(torrent)
+    adding = parameters(torrent, target)
     before = memory_bytes(os.getpid(), "VmRSS")
     begun = time.perf_counter()
-    handle = session.add_torrent({"ti": info, "save_path": target})
+    handle = session.add_torrent(adding)
     handle.connect_peer(("127.0.0.1", int(port)))
     while not handle.status().is_seeding:
         session.wait_for_alert(50)

@@ -285,7 +285,8 @@ def believable(addrs: Iterable[str], told_by: str | None) -> tuple[str, ...]:
     tuple of str
         Multiaddrs without ``/p2p/``, each once, in the order given.
     """
-    teller_is_local = told_by is not None and scope_of(told_by) is Scope.LOOPBACK
+    # Nobody is told of addresses further inside than the teller itself is seen to be.
+    innermost = Scope.GLOBAL if told_by is None else scope_of(told_by)
     kept: dict[str, None] = {}
     for addr in addrs:
         if len(kept) == MAX_ADDRS_PER_PEER:
@@ -296,8 +297,7 @@ def believable(addrs: Iterable[str], told_by: str | None) -> tuple[str, ...]:
             continue  # another transport, or nonsense: of no use to us
         if port == 0 or _is_name(host):
             continue
-        scope = scope_of(host)
-        if scope >= Scope.PRIVATE or (scope is Scope.LOOPBACK and teller_is_local):
+        if scope_of(host) >= max(innermost, Scope.LOOPBACK):
             kept[multiaddr_of(host, port)] = None
     return tuple(kept)
 

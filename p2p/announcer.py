@@ -96,6 +96,8 @@ class Announcer:
     async def _announce_new(self) -> None:
         present = await trio.to_thread.run_sync(announceable, self._store)
         new = {digest: size for digest, size in present.items() if digest not in self._known}
+        gone = [digest for digest in self._known if digest not in present]
+        self._discovery.withdraw(gone)
         self._known = present
         if not new:
             return

@@ -219,9 +219,10 @@ class BulkServer:
         if self._listener is not None and self._accept_thread is not None:
             with suppress(OSError):  # only Linux can shut a listening socket down
                 self._listener.shutdown(socket.SHUT_RDWR)
-            threads.append(self._accept_thread)
+            threads.insert(0, self._accept_thread)  # first: it may still start one of the others
         for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.ident is not None:
+                thread.join(max(0.0, deadline - time.monotonic()))
         late = [thread.name for thread in threads if thread.is_alive()]
         if late:
             _log.warning("still running %s s after close: %s", timeout_s, ", ".join(late))
@@ -245,9 +246,14 @@ class BulkServer:
         connection = _Connection(
             sock, host, self._identity, self._open_reader, self._allow, self._limits, self._table
         )
-        if self._table.admit(connection, self._limits):
+        if not self._table.admit(connection, self._limits):
+            sock.close()
+            return
+        try:
             connection.thread.start()
-        else:
+        except RuntimeError as error:  # the system gives no more threads
+            _log.warning("cannot serve %s: %s", host, error)
+            self._table.dismiss(connection, failed=True)
             sock.close()
 
 

@@ -44,8 +44,14 @@ def next_check(now: float, sources: Mapping[str, SourceState], limits: PlannerLi
 
 
 def _patience_s(state: SourceState, limits: PlannerLimits) -> float:
+    """Return how long a source may be silent.
+
+    Longer before its first byte when it was silent there before, and always longer
+    than it needs to answer at all.
+    """
+    longest_s = limits.stall_s * (1 << limits.max_stall_doublings)
     doublings = 0 if state.has_spoken else min(state.record.stalls, limits.max_stall_doublings)
-    return limits.stall_s * (1 << doublings)
+    return min(max(limits.stall_s * (1 << doublings), 2 * state.rate.latency_s), longest_s)
 
 
 def _silent_at(state: SourceState, limits: PlannerLimits) -> float:

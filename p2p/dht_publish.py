@@ -245,7 +245,7 @@ class Publisher:
                 continue
             upcoming = min((own.due for own in self._own.values()), default=now + REPUBLISH_S)
             self._wake = trio.Event()
-            with trio.move_on_after(RETRY_S if due else max(upcoming - now, 1)):
+            with trio.move_on_after(RETRY_S if due else max(upcoming - now, 0.01)):
                 await self._wake.wait()
 
     def _schedule(
@@ -338,7 +338,7 @@ class Publisher:
         addrs = [Multiaddr(addr).to_bytes() for addr in self._host.advertised_addrs()]
         questions = list(checks) or list(keys[-1:])
         data = b"".join(add_provider(key, own_id, addrs) for key in keys)
-        data += b"".join(get_providers(key) for key in questions)
+        data += b"".join(get_providers(key).data for key in questions)
         try:
             async with dht_stream(self._host, node, OPEN_TIMEOUT_S) as stream:
                 receipt.is_reached = True

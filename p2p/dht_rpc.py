@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
+from typing import NamedTuple
 
 import trio
 from google.protobuf.message import DecodeError
@@ -52,14 +53,29 @@ GET_PROVIDERS = Message.MessageType.GET_PROVIDERS
 ADD_PROVIDER = Message.MessageType.ADD_PROVIDER
 
 
-def find_node(key: bytes) -> bytes:
-    """Return the framed question for the nodes closest to a key."""
-    return framed(Message(type=FIND_NODE, key=key))
+class Question(NamedTuple):
+    """A question to a DHT node.
+
+    Attributes
+    ----------
+    kind : int
+        The message type, which the answer's has to be, too.
+    data : bytes
+        The framed message.
+    """
+
+    kind: int
+    data: bytes
 
 
-def get_providers(key: bytes) -> bytes:
-    """Return the framed question for who provides a key."""
-    return framed(Message(type=GET_PROVIDERS, key=key))
+def find_node(key: bytes) -> Question:
+    """Return the question for the nodes closest to a key."""
+    return Question(FIND_NODE, framed(Message(type=FIND_NODE, key=key)))
+
+
+def get_providers(key: bytes) -> Question:
+    """Return the question for who provides a key."""
+    return Question(GET_PROVIDERS, framed(Message(type=GET_PROVIDERS, key=key)))
 
 
 def add_provider(key: bytes, peer_id: bytes, addrs: Iterable[bytes]) -> bytes:
@@ -161,7 +177,7 @@ async def dht_stream(host: Host, peer_id: str, timeout_s: float) -> AsyncIterato
     await stream.aclose()
 
 
-async def ask(host: Host, peer_id: str, question: bytes, timeout_s: float) -> Message:
+async def ask(host: Host, peer_id: str, question: Question, timeout_s: float) -> Message:
     """Ask a DHT node one question.
 
     Parameters
@@ -170,8 +186,8 @@ async def ask(host: Host, peer_id: str, question: bytes, timeout_s: float) -> Me
         Ours.
     peer_id : str
         The node.
-    question : bytes
-        A framed message.
+    question : Question
+        What is asked.
     timeout_s : float
         Time for everything, connecting included, in seconds.
 
@@ -182,8 +198,11 @@ async def ask(host: Host, peer_id: str, question: bytes, timeout_s: float) -> Me
     """
     with trio.move_on_after(timeout_s):
         async with dht_stream(host, peer_id, timeout_s) as stream:
-            await stream.send(question)
-            return await stream.receive()
+            await stream.send(question.data)
+            answer = await stream.receive()
+            if answer.type != question.kind:
+                raise ProtocolError(f"DHT node {peer_id} answered something else")
+            return answer
     raise NoSource(f"DHT node {peer_id} did not answer within {timeout_s:g} s")
 
 

@@ -42,7 +42,7 @@ from tensorswarm.store.errors import RemoteError, TensorswarmError
 from .addresses import PeerAddress
 from .dht_lookup import ALPHA, Lookup
 from .dht_publish import Announcement, Publisher
-from .dht_rpc import KAD_PROTOCOL, ask, find_node, get_providers, peers_in
+from .dht_rpc import KAD_PROTOCOL, Question, ask, find_node, get_providers, peers_in
 from .dht_server import GuardedDht
 from .host import Host
 
@@ -243,7 +243,7 @@ class Discovery:
         """
         send, receive = trio.open_memory_channel[Provider](limit)
         scope = trio.CancelScope()
-        self._host.errand(lambda: self._search(dht_key(digest), send, scope, timeout_s, limit))
+        self._host.start_soon(lambda: self._search(dht_key(digest), send, scope, timeout_s, limit))
         try:
             yield receive
         finally:
@@ -291,7 +291,7 @@ class Discovery:
     async def _look_up(
         self,
         key: bytes,
-        question: bytes,
+        question: Question,
         start: Iterable[str],
         timeout_s: float,
         on_answer: Callable[[str, Message], None] = lambda _node, _answer: None,
@@ -326,7 +326,7 @@ class Discovery:
                     changed = trio.Event()
         return lookup.result()
 
-    async def _ask(self, node: str, question: bytes) -> Message:
+    async def _ask(self, node: str, question: Question) -> Message:
         try:
             answer = await ask(self._host, node, question, PEER_TIMEOUT_S)
         except RemoteError:

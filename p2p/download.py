@@ -106,6 +106,9 @@ class Download:
         Source of the planner's ties.
     on_progress : callable
         Called with verified bytes as they come.
+    urgency : mapping of bytes to int
+        Objects that matter more or less than others, by digest; a lower number comes
+        first, 0 is normal.
     """
 
     def __init__(
@@ -118,6 +121,7 @@ class Download:
         origins: Sequence[OriginSpec],
         rng: random.Random,
         on_progress: Callable[[int], None],
+        urgency: Mapping[bytes, int],
     ) -> None:
         self._incoming = incoming
         self._index_of = {each.digest: i for i, each in enumerate(incoming)}
@@ -132,6 +136,9 @@ class Download:
             [each.size_bytes for each in incoming],
             rng=rng,
             proved={i: each.proved() for i, each in enumerate(incoming)},
+            priorities={
+                i: urgency[each.digest] for i, each in enumerate(incoming) if each.digest in urgency
+            },
         )
         self._sources: dict[str, _Source] = {}
         self._refused: dict[str, int] = {}
@@ -391,10 +398,8 @@ class Download:
         reasons = "; ".join(
             f"{display_url(name)}: {s.reason}" for name, s in self._sources.items() if s.reason
         )
-        if self._sources and all(
-            source.failure is Failure.REFUSED_ACCESS for source in self._sources.values()
-        ):
-            return Refused(f"every source refused us: {reasons}{tail}")
+        if any(s.failure is Failure.REFUSED_ACCESS for s in self._sources.values()):
+            return Refused(f"who has it refused us access: {reasons}{tail}")
         if self._neighbours.all() and self.search_is_over:
             return NotFound(
                 f"no source that can be reached has all of it{tail}. {reasons}".rstrip()

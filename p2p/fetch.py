@@ -12,9 +12,11 @@ what is here already, download what is missing, export.
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -24,12 +26,15 @@ from tensorswarm.store.errors import (
     BadInput,
     HashMismatch,
     NoRoom,
+    NoSource,
+    NotFound,
     RemoteError,
     TensorswarmError,
 )
 from tensorswarm.store.export import export_files, select, whole_files
 from tensorswarm.store.incoming import Incoming
 from tensorswarm.store.manifest import MAX_MANIFEST_BYTES, Manifest, ObjectRef
+from tensorswarm.store.order import urgency
 
 from .answers import MAX_BLOB_BYTES
 from .download import Download, OriginSpec
@@ -76,6 +81,15 @@ class FetchOptions:
         How long to go on when nobody is found or nothing arrives.
     on_progress : callable
         Hears of progress.
+    first : sequence of str
+        Patterns of tensor names or file paths wanted before all others.
+    in_order : bool
+        Whether everything is wanted in the order of the files, rather than soonest
+        as a whole.
+    on_manifest : callable
+        Hears of the manifest, once it is known.
+    on_object : callable
+        Hears of each object that became whole, by its digest, in any thread.
     """
 
     origins: Sequence[str] = ()
@@ -83,6 +97,10 @@ class FetchOptions:
     out: Path | None = None
     timeout_s: float = 30.0
     on_progress: Progress = lambda done, total: None
+    first: Sequence[str] = ()
+    in_order: bool = False
+    on_manifest: Callable[[Manifest], None] = lambda manifest: None
+    on_object: Callable[[bytes], None] = lambda digest: None
 
 
 @contextlib.asynccontextmanager
@@ -118,6 +136,7 @@ class Fetch:
         self._options = options
         self._search = Search(services.neighbours, services.discovery, services.bootstrap)
         self._inquiry = Inquiry(services, self._search, options.timeout_s)
+        self._urgency: dict[bytes, int] = {}
         self._overhead: Counter[str] = Counter()  # manifest and chunk lists, by peer
 
     async def model(self, digest: bytes) -> FetchResult:
@@ -137,6 +156,9 @@ class Fetch:
             manifest = self._store.manifest(digest) or await self._find_manifest(digest)
             await trio.to_thread.run_sync(self._store.put_manifest, manifest, "")
             chosen = select(manifest, self._options.include)
+            options = self._options
+            self._urgency = urgency(manifest, chosen, options.first, in_order=options.in_order)
+            options.on_manifest(manifest)
             refs = [manifest.objects[i] for i in sorted(chosen)]
             result = FetchResult(digest, manifest)
             result.bytes_total = self._store.records([digest])[digest].size_bytes
@@ -159,39 +181,51 @@ class Fetch:
         """
         begun = trio.current_time()
         async with one_error():
-            while True:
+            known = self._store.records([digest]).get(digest)
+            if known is not None:
                 result = FetchResult(digest)
-                known = self._store.records([digest]).get(digest)
-                if known is not None:
-                    ref, giver = ObjectRef(digest, known.size_bytes, known.chunk_list), ""
-                else:
-                    ref, giver = await self._find_hint(digest)
-                try:
-                    await self._bring(result, [ref], [])
-                    break
-                except HashMismatch:
-                    if not giver:
-                        raise
-                    self._inquiry.distrusted.add(giver)
+                await self._bring(
+                    result, [ObjectRef(digest, known.size_bytes, known.chunk_list)], []
+                )
+            else:
+                result = await self._by_hints(digest)
         result.seconds = trio.current_time() - begun
         return result
+
+    async def _by_hints(self, digest: bytes) -> FetchResult:
+        """Fetch by what peers say of an object, best supported first, until one is true."""
+        failure: RemoteError | NotFound | None = None
+        while True:
+            try:
+                ref, givers = await self._find_hint(digest)
+            except (NotFound, NoSource):
+                if failure is not None:
+                    raise failure from None
+                raise
+            result = FetchResult(digest)
+            try:
+                await self._bring(result, [ref], [])
+                return result
+            except (HashMismatch, NotFound, NoSource) as error:
+                failure = error if failure is None or isinstance(error, HashMismatch) else failure
+                self._inquiry.distrusted |= givers
 
     # ---- manifest and chunk lists
 
     async def _find_manifest(self, digest: bytes) -> Manifest:
-        async def ask(neighbour: Neighbour) -> bytes | None:
-            blobs = await neighbour.get_blobs({digest: MAX_MANIFEST_BYTES})
-            self._overhead[neighbour.peer_id] += sum(map(len, blobs.values()))
-            return blobs.get(digest)
+        async def ask(neighbour: Neighbour) -> tuple[str, bytes] | None:
+            data = (await neighbour.get_blobs({digest: MAX_MANIFEST_BYTES})).get(digest)
+            return None if data is None else (neighbour.peer_id, data)
 
-        data = await self._inquiry.until_found([digest], ask, "the model")
+        giver, data = await self._inquiry.until_found([digest], ask, "the model")
+        self._overhead[giver] += len(data)
         try:
             return await trio.to_thread.run_sync(Manifest.decode, data)
         except BadInput as error:
             raise BadInput(f"what this id names is not a model's manifest: {error}") from error
 
-    async def _find_hint(self, digest: bytes) -> tuple[ObjectRef, str]:
-        """Return an object's size and chunk list as some peer says, and who said so."""
+    async def _find_hint(self, digest: bytes) -> tuple[ObjectRef, set[str]]:
+        """Return an object's size and chunk list as most peers say, and who said so."""
 
         async def ask(neighbour: Neighbour) -> tuple[ObjectRef, str] | None:
             hint = await neighbour.get_chunk_list(digest)
@@ -199,23 +233,29 @@ class Fetch:
                 return None
             return ObjectRef(digest, hint.size_bytes, hint.chunk_list), neighbour.peer_id
 
-        return await self._inquiry.until_found([digest], ask, "the tensor")
+        first = await self._inquiry.until_found([digest], ask, "the tensor")
+        givers: defaultdict[ObjectRef, set[str]] = defaultdict(set)
+        for ref, peer_id in [first, *await self._inquiry.ask_each(ask, SETTLE_S)]:
+            givers[ref].add(peer_id)
+        best = max(givers, key=lambda ref: len(givers[ref]))
+        return best, givers[best]
 
     async def _chunk_lists(
-        self, refs: Sequence[ObjectRef], keys: Sequence[bytes]
+        self, refs: Sequence[ObjectRef], others: Sequence[ObjectRef], keys: Sequence[bytes]
     ) -> dict[bytes, bytes]:
-        """Return the chunk lists of objects, by the lists' digests."""
-        needed = {
-            ref.chunk_list: DIGEST_SIZE * chunk_count(ref.size_bytes)
-            for ref in refs
-            if ref.chunk_list
-        }
+        """Return the chunk lists of `refs`, and what came along of those of `others`.
+
+        The others are objects of the same model that are not wanted now: whoever asks
+        us for the model later needs their lists, and they cost 32 bytes per MiB.
+        """
+        needed = _chunk_list_sizes(refs)
+        welcome = {**_chunk_list_sizes(others), **needed}
         if any(size > MAX_BLOB_BYTES for size in needed.values()):
             raise BadInput(f"a tensor is too large: its chunk list is over {MAX_BLOB_BYTES} bytes")
         found: dict[bytes, bytes] = {}
 
         def look_here() -> None:
-            for digest, size in needed.items():
+            for digest, size in welcome.items():
                 data = self._store.get_blob(digest, size)
                 if data is not None and digest_of(data) == digest:
                     found[digest] = data
@@ -223,15 +263,15 @@ class Fetch:
         await trio.to_thread.run_sync(look_here)
 
         async def ask(neighbour: Neighbour) -> bool | None:
-            missing = {d: size for d, size in needed.items() if d not in found}
+            missing = {d: size for d, size in welcome.items() if d not in found}
             blobs = await neighbour.get_blobs(missing)
             for digest, data in blobs.items():
                 if digest not in found:
                     found[digest] = data
                     self._overhead[neighbour.peer_id] += len(data)
-            return True if len(found) == len(needed) else None
+            return True if needed.keys() <= found.keys() else None
 
-        if len(found) < len(needed):
+        if not needed.keys() <= found.keys():
             await self._inquiry.until_found(keys, ask, "a list of chunks")
         return found
 
@@ -254,15 +294,21 @@ class Fetch:
     ) -> None:
         """Bring objects into the store, and account for them in `result`."""
         refs = [ref for ref in refs if ref.size_bytes]
-        lists = {
-            r.chunk_list: DIGEST_SIZE * chunk_count(r.size_bytes) for r in refs if r.chunk_list
-        }
+        lists = _chunk_list_sizes(refs)
         result.bytes_total += sum(ref.size_bytes for ref in refs) + sum(lists.values())
         here = self._store.records([ref.digest for ref in refs])
         missing = [ref for ref in refs if ref.digest not in here]
         if missing:
-            chunk_lists = await self._chunk_lists(missing, [result.digest])
+            others = result.manifest.objects if result.manifest is not None else ()
+            before = self._overhead.total()
+            chunk_lists = await self._chunk_lists(missing, others, [result.digest])
+            along = {
+                digest: len(data) for digest, data in chunk_lists.items() if digest not in lists
+            }
+            result.bytes_total += min(sum(along.values()), self._overhead.total() - before)
             incoming = await trio.to_thread.run_sync(self._take_up, missing, chunk_lists)
+            for each in incoming:
+                each.finished.add_done_callback(partial(self._object_is_whole, each.digest))
             download = self._download(result, incoming, origins)
             try:
                 await self._run(download, [result.digest], [ref.digest for ref in missing])
@@ -271,13 +317,17 @@ class Fetch:
         else:
             self._account(result, None)
 
+    def _object_is_whole(self, digest: bytes, finished: Future[None]) -> None:
+        if finished.exception() is None:
+            self._options.on_object(digest)
+
     def _take_up(
         self, refs: Sequence[ObjectRef], chunk_lists: Mapping[bytes, bytes]
     ) -> list[Incoming]:
+        for chunk_list in chunk_lists.values():
+            self._store.put_blob(chunk_list)
         incoming = []
         for ref in refs:
-            if ref.chunk_list:
-                self._store.put_blob(chunk_lists[ref.chunk_list])
             incoming.append(self._store.receive(ref, chunk_lists.get(ref.chunk_list, b"")))
         missing = sum(each.missing_bytes() for each in incoming)
         free = self._store.place.free_bytes()
@@ -308,6 +358,7 @@ class Fetch:
             origins=origins,
             rng=services.rng,
             on_progress=count,
+            urgency=self._urgency,
         )
 
     async def _run(
@@ -401,7 +452,7 @@ class Fetch:
     def _account(self, result: FetchResult, download: Download | None) -> None:
         reports, wasted = download.reports() if download is not None else ([], 0)
         by_id = {(report.kind, report.id): report for report in reports}
-        for peer_id, count in self._overhead.items():
+        for peer_id, count in (+self._overhead).items():
             old = by_id.get(("peer", peer_id), SourceReport("peer", peer_id, 0, False))
             by_id["peer", peer_id] = SourceReport(
                 "peer", peer_id, old.bytes + count, old.dropped, old.reason
@@ -412,3 +463,10 @@ class Fetch:
         result.bytes_origin = sum(r.bytes for r in result.sources if r.kind == "origin")
         result.bytes_local = result.bytes_total - result.bytes_peers - result.bytes_origin
         result.bytes_wasted += wasted
+
+
+def _chunk_list_sizes(refs: Iterable[ObjectRef]) -> dict[bytes, int]:
+    """Return the sizes of the objects' chunk lists, by the lists' digests."""
+    return {
+        ref.chunk_list: DIGEST_SIZE * chunk_count(ref.size_bytes) for ref in refs if ref.chunk_list
+    }

@@ -28,7 +28,6 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
 from functools import lru_cache
 from types import TracebackType
-from typing import TypeVar
 
 import trio
 from libp2p.abc import INetConn, INetStream
@@ -42,7 +41,7 @@ from libp2p.peer.peerstore import PeerStoreError
 from libp2p.tools.anyio_service.trio_manager import TrioManager
 from multiaddr import Multiaddr
 
-from tensorswarm.store.errors import BadInput, LocalError, NoSource, RemoteError
+from tensorswarm.store.errors import BadInput, LocalError, NoSource, RemoteError, TensorswarmError
 
 from . import host_guard
 from .addresses import (
@@ -89,8 +88,6 @@ FORGET_INTERVAL_S = 600.0
 """How often expired peers are forgotten, in seconds."""
 
 Handler = Callable[[str, Stream], Awaitable[None]]
-
-T = TypeVar("T")
 
 
 class Host:
@@ -169,11 +166,12 @@ class Host:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> bool | None:
+        conns = self._swarm.get_connections()
         with trio.CancelScope(shield=True):
             with trio.move_on_after(CLOSE_TIMEOUT_S):
-                await self._close_connections()
+                await _close_all(conns)
                 await self._libp2p.close()
-            self._cut_everything()
+            self._cut_what_is_left(conns)
         self._scope.cancel()
         if _is_cancellation(error):
             return await self._stack.__aexit__(kind, error, traceback)
@@ -206,20 +204,9 @@ class Host:
         self._bound = tuple(reached for addr in bound for reached in interfaces(addr))
         self._told = tuple(dict.fromkeys((*self._announce, *advertised(self._bound))))
 
-    async def _close_connections(self) -> None:
-        """Say goodbye to all peers at once: py-libp2p takes 0.2 s for each in turn."""
-        conns = self._swarm.get_connections()
-        with trio.move_on_after(GOODBYE_S):
-            async with trio.open_nursery() as nursery:
-                for conn in conns:
-                    nursery.start_soon(_close_quietly, conn)
-                for conn in conns:
-                    await host_guard.wait_gone(conn)
-                nursery.cancel_scope.cancel()  # only libp2p's own sleeping is left
-
-    def _cut_everything(self) -> None:
-        for conn in self._swarm.get_connections():
-            _cut(conn)
+    def _cut_what_is_left(self, conns: Iterable[INetConn]) -> None:
+        for conn in (*conns, *self._swarm.get_connections()):
+            _cut(conn)  # libp2p forgets those whose goodbye is stuck, without closing them
         for listener in self._swarm.listeners.values():
             nursery = getattr(listener, "_nursery", None)
             if nursery is not None:  # closing it was cancelled half-way
@@ -459,9 +446,21 @@ class Host:
         assert isinstance(net_stream, NetStream)
         return Stream(net_stream, self._background())
 
-    def errand(self, operation: Callable[[], Awaitable[T]]) -> Errand[T]:
-        """Run an operation in the background, until it or the host ends."""
-        return Errand(self._background(), operation)
+    def start_soon(self, operation: Callable[[], Awaitable[object]]) -> None:
+        """Run an operation in the background, until it or the host ends.
+
+        An error of ours that leaves it ends it quietly; any other is logged as a bug.
+        """
+
+        async def run() -> None:
+            try:
+                await operation()
+            except TensorswarmError as error:
+                log.debug("in the background: %s", error)
+            except Exception:
+                log.exception("a background operation failed")
+
+        Errand(self._background(), run)
 
     def _background(self) -> trio.Nursery:
         if self._nursery is None:
@@ -511,6 +510,17 @@ async def _close_quietly(conn: INetConn) -> None:
         await conn.close()
     except Exception as error:
         log.debug("closing a connection: %s", error)
+
+
+async def _close_all(conns: Iterable[INetConn]) -> None:
+    """Say goodbye to all peers at once: py-libp2p takes 0.2 s for each in turn."""
+    with trio.move_on_after(GOODBYE_S):
+        async with trio.open_nursery() as nursery:
+            for conn in conns:
+                nursery.start_soon(_close_quietly, conn)
+            for conn in conns:
+                await host_guard.wait_gone(conn)
+            nursery.cancel_scope.cancel()  # only libp2p's own sleeping is left
 
 
 async def _end(conn: INetConn) -> None:

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterable, Iterator
 
 import trio
+from libp2p.io.exceptions import IncompleteReadError
 from multiaddr.utils import get_network_addrs
 
 from tensorswarm.store.errors import BadInput
@@ -66,6 +67,8 @@ def cause_of(error: BaseException) -> str:
             return "no such host name"
         if isinstance(link, OSError) and link.errno in words:
             return words[link.errno]
+        if isinstance(link, IncompleteReadError) and link.is_clean_close:
+            return "it closed the connection at once; it may have too many"
     for text, meaning in (
         ("not supported", "it does not speak that protocol"),
         ("upgrade security", "what answers there is not a peer of this network"),

@@ -76,7 +76,7 @@ MAX_STREAMS = 10_000
 """Streams in all. Past that new ones wait, so it is well above what peers need."""
 
 MAX_KNOWN_PEERS = 5_000
-"""Peers whose addresses are kept, at about 2 KB each."""
+"""Peers whose addresses are kept, at about 1 KB each."""
 
 MAX_PROTOCOLS = 100
 """Protocols remembered of a peer: Kubo names about thirty."""

@@ -100,6 +100,28 @@ class Inquiry:
                 await trio.sleep(pause_s(number))
             number += 1
 
+    async def ask_each(
+        self, ask: Callable[[Neighbour], Awaitable[T | None]], patience_s: float
+    ) -> list[T]:
+        """Ask every neighbour and return all answers that come within `patience_s`."""
+        answers: list[T] = []
+
+        async def ask_one(neighbour: Neighbour) -> None:
+            try:
+                answer = await ask(neighbour)
+            except RemoteError as error:
+                self._search.note_failure(neighbour.peer_id, error)
+                return
+            if answer is not None:
+                answers.append(answer)
+
+        with trio.move_on_after(patience_s):
+            async with trio.open_nursery() as nursery:
+                for neighbour in self._services.neighbours.all():
+                    if neighbour.peer_id not in self.distrusted:
+                        nursery.start_soon(ask_one, neighbour)
+        return answers
+
     async def _ask_all(self, ask: Callable[[Neighbour], Awaitable[T | None]]) -> T | None:
         """Ask all neighbours at once; the first answer ends the others' turn."""
         answers: list[T] = []

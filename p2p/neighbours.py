@@ -90,6 +90,10 @@ class Neighbours:
         """Tell whether a peer has said hello and is still here (any thread may ask)."""
         return peer_id in self._table
 
+    def seen_at(self, peer_id: str) -> str | None:
+        """Return the IP address a connected peer is seen at."""
+        return self._host.remote_host(peer_id)
+
     def remembered(self) -> list[PeerAddress]:
         """Return peers met before, latest first."""
         return [PeerAddress(i, addrs) for i, addrs in reversed(self._remembered.items())]

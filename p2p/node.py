@@ -122,7 +122,13 @@ class Node:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> bool | None:
-        return await self._stack.__aexit__(kind, error, trace)
+        try:
+            return await self._stack.__aexit__(kind, error, trace)
+        except BaseExceptionGroup as group:
+            # The nursery wraps what left the body; whoever wrote the body wants it bare.
+            if error is not None and _leaves(group) == [error]:
+                return False
+            raise
 
     async def _start(self) -> None:
         stack = self._stack
@@ -211,6 +217,7 @@ class Node:
         *,
         origins: Sequence[str] = (),
         include: Sequence[str] = (),
+        first: Sequence[str] = (),
         out: Path | None = None,
         timeout_s: float = 30.0,
         on_progress: Progress = lambda done, total: None,
@@ -225,6 +232,8 @@ class Node:
             URLs of HTTP servers that hold the model's files.
         include : sequence of str
             Patterns of file paths or tensor names; none for everything.
+        first : sequence of str
+            Patterns of what is wanted before all else.
         out : Path, optional
             A folder to export the files to.
         timeout_s : float
@@ -238,7 +247,9 @@ class Node:
             As `Fetch` says.
         """
         reference = parse_reference(ref)
-        options = FetchOptions(tuple(origins), tuple(include), out, timeout_s, on_progress)
+        options = FetchOptions(
+            tuple(origins), tuple(include), out, timeout_s, on_progress, tuple(first)
+        )
         return await self.fetch_digest(
             reference.digest, options, is_model=reference.codec == MODEL_CODEC
         )
@@ -299,6 +310,13 @@ class Node:
             "routing_table": self.discovery.routing_table_size(),
             "bytes_served": served.bytes_sent,
         }
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    """Return the errors in a group, however deep."""
+    if not isinstance(error, BaseExceptionGroup):
+        return [error]
+    return [leaf for inner in error.exceptions for leaf in _leaves(inner)]
 
 
 def running_node(store: Path) -> list[str]:

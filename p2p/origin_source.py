@@ -163,6 +163,15 @@ class OriginSource(SourceWorker):
         self._whole_files: dict[str, _WholeFile] = {}
         self._resume_at = 0.0
         self._closed = False
+        # Making a client and its certificates takes 0.1 s: begin before there is work.
+        with self._changed:
+            self._add_thread()
+
+    def _add_thread(self) -> None:
+        name = f"origin-{len(self._threads)}"
+        thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def submit(self, request: Request) -> None:
         """Queue a request behind those already submitted.
@@ -185,10 +194,7 @@ class OriginSource(SourceWorker):
             self._jobs[request.request_id] = job
             self._queue.append(job)
             if len(self._queue) > self._idle and len(self._threads) < self._connections:
-                name = f"origin-{len(self._threads)}"
-                thread = threading.Thread(target=self._work, name=name, daemon=True)
-                self._threads.append(thread)
-                thread.start()
+                self._add_thread()
             self._changed.notify()
 
     def cancel(self, request_id: int) -> None:

@@ -65,8 +65,15 @@ sending them cannot wait for a peer that is itself sending."""
 MAX_BYTES_AHEAD = 16 << 20
 """Bytes asked for beyond the answer being read: 1 Gbit/s over 130 ms."""
 
+PIECE_BYTES = 64 << 10
+"""Bytes taken from the connection at a time."""
+
 PROGRESS_BYTES = 256 << 10
-"""Bytes after which progress is reported."""
+"""Bytes after which progress is reported; on a slow link, pieces are."""
+
+PROGRESS_INTERVAL_S = 0.25
+"""Seconds after which a piece is reported by itself: soon enough for a planner that
+gives a source seconds."""
 
 IDLE_CLOSE_S = 30.0
 """Seconds without work after which a connection is given back: half of the server's
@@ -321,6 +328,7 @@ class _Worker:
         self._wire: deque[tuple[_Job, _Range]] = deque()
         self._wire_bytes = 0
         self._chunks_read = 0  # of the first range on the wire
+        self._reported_at = 0.0
         self._cuts = 0  # since a request was last answered
 
     def _run(self) -> None:
@@ -419,10 +427,7 @@ class _Worker:
         chunk = asked.first_chunk + self._chunks_read
         length = chunk_length(asked.object_size, chunk)
         data = self._buffer[:length]
-        for start in range(0, length, PROGRESS_BYTES):
-            piece = data[start : start + PROGRESS_BYTES]
-            connection.read_into(piece)
-            self._desk.progress(job, len(piece))
+        self._read(connection, job, data)
         self._wire_bytes -= length
         outcome = self._desk.sink.write_chunk(asked.object_index, chunk, data)
         self._desk.chunk(job, asked.object_index, chunk, outcome, length)
@@ -433,6 +438,20 @@ class _Worker:
         self._chunks_read += 1
         if self._chunks_read == asked.chunks:
             self._drop_range(job)
+
+    def _read(self, connection: BulkConnection, job: _Job, data: memoryview) -> None:
+        """Fill `data` from the connection and report the progress."""
+        unreported = 0
+        for start in range(0, len(data), PIECE_BYTES):
+            piece = data[start : start + PIECE_BYTES]
+            connection.read_into(piece)
+            unreported += len(piece)
+            now = time.monotonic()
+            if unreported >= PROGRESS_BYTES or now - self._reported_at >= PROGRESS_INTERVAL_S:
+                self._desk.progress(job, unreported)
+                self._reported_at, unreported = now, 0
+        if unreported:
+            self._desk.progress(job, unreported)
 
     def _drop_range(self, job: _Job) -> None:
         self._wire.popleft()

@@ -211,7 +211,7 @@ class Picker:
         start = source.cursor - block * BLOCK_CHUNKS
         if 0 <= start < BLOCK_CHUNKS and mask >> start & 1:
             return start, ones(mask >> start)
-        start, width = self._longest_run(mask)
+        start, width = self.longest_run(mask)
         if width > 2 * max(wanted, 1):
             if self._workers[block] > 1:
                 skipped = width // 2
@@ -220,7 +220,7 @@ class Picker:
             start, width = start + skipped, width - skipped
         return start, width
 
-    def _longest_run(self, mask: int) -> tuple[int, int]:
+    def longest_run(self, mask: int) -> tuple[int, int]:
         """Return start and width of the longest run of ones, ties at random."""
         starts, width = mask, 1
         doubled = [mask]

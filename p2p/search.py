@@ -12,7 +12,7 @@ import trio
 
 from tensorswarm.store.errors import RemoteError
 
-from .addresses import PeerAddress
+from .addresses import PeerAddress, believable
 from .discovery import Discovery
 from .neighbours import Neighbours
 
@@ -95,8 +95,11 @@ class Search:
         except RemoteError as error:
             self.note_failure(peer_id, error)
             return
+        seen_at = self._neighbours.seen_at(peer_id)
         for entry in entries:
-            nursery.start_soon(self.meet, PeerAddress(entry.peer_id, entry.addrs))
+            addrs = believable(entry.addrs, told_by=seen_at)
+            if addrs:
+                nursery.start_soon(self.meet, PeerAddress(entry.peer_id, addrs))
 
     async def meet(self, peer: PeerAddress) -> None:
         """Meet one peer, unless it was tried a moment ago."""

@@ -53,8 +53,8 @@ class RateEstimate:
     """
 
     __slots__ = (
-        "_asked_at", "_gathered_bytes", "_since", "bytes_per_s", "first_chunk_s", "latency_s",
-        "vain_s",
+        "_asked_at", "_busy_bytes", "_gathered_bytes", "_since", "bytes_per_s",
+        "first_chunk_s", "latency_s", "vain_s",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class RateEstimate:
         self.latency_s = 0.0
         self.first_chunk_s: float | None = None
         self.vain_s = 0.0
-        self._gathered_bytes = 0
+        self._busy_bytes = self._gathered_bytes = 0
         self._asked_at = 0.0
         self._since: float | None = None
 
@@ -70,9 +70,11 @@ class RateEstimate:
         """Note that the source gets work after it had none."""
         self._asked_at = now
         self._since = None
+        self._busy_bytes = 0
 
     def note(self, now: float, byte_count: int) -> None:
         """Count bytes that arrived."""
+        self._busy_bytes += byte_count
         if self._since is None:
             self.latency_s = now - self._asked_at
             self._since = now
@@ -83,8 +85,15 @@ class RateEstimate:
             self.settle(now)
 
     def end(self, now: float) -> None:
-        """Note that the source has no work any more."""
+        """Note that the source has no work any more.
+
+        It is at least as fast as it was over all, latency included. That is all there
+        is to know of one whose bytes come in gulps, as the caller hears of them.
+        """
         self.settle(now)
+        if self._busy_bytes >= FIRST_RATE_BYTES:
+            least = self._busy_bytes / max(now - self._asked_at, FIRST_RATE_S)
+            self.bytes_per_s = max(self.bytes_per_s or 0.0, least)
         if self.first_chunk_s is None:
             self.vain_s = max(self.vain_s, now - self._asked_at)
 
@@ -250,14 +259,17 @@ class SourceState:
             self.live[level].append(block)
         self.level = min(self.level, level)
 
-    def gain(self, chunks: ChunkMap, block: int, mask: int) -> None:
-        """Note that the source holds some chunks of a block."""
+    def gain(self, chunks: ChunkMap, block: int, mask: int) -> bool:
+        """Note that the source holds some chunks of a block; return whether it is work."""
         new = mask & ~self.held[block]
-        if new:
-            self.held[block] |= new
-            chunks.add_holder(block, new)
-            if new & chunks.free[block]:
-                self.list_block(block, chunks.level_of[block])
+        if not new:
+            return False
+        self.held[block] |= new
+        chunks.add_holder(block, new)
+        if not new & chunks.free[block]:
+            return False
+        self.list_block(block, chunks.level_of[block])
+        return True
 
     def gain_all(self, chunks: ChunkMap) -> None:
         """Note that the source holds every chunk."""

@@ -14,7 +14,7 @@ from tensorswarm.store.errors import BadInput, NoSource, RemoteError
 from tensorswarm.store.manifest import MAX_MANIFEST_BYTES, Manifest
 
 from . import wire
-from .addresses import PeerAddress
+from .addresses import PeerAddress, believable
 from .neighbour import Neighbour
 from .node import Node
 
@@ -58,8 +58,11 @@ async def survey(node: Node, digest: bytes, timeout_s: float) -> list[dict[str, 
         except RemoteError:
             return  # it left; the others are still there
         rtts[neighbour.peer_id] = trio.current_time() - begun
+        seen_at = node.neighbours.seen_at(neighbour.peer_id)
         for entry in entries:
-            known[entry.peer_id] = PeerAddress(entry.peer_id, entry.addrs)
+            addrs = believable(entry.addrs, told_by=seen_at)
+            if addrs:
+                known[entry.peer_id] = PeerAddress(entry.peer_id, addrs)
 
     async def meet(peer: PeerAddress) -> None:
         try:

@@ -171,10 +171,14 @@ class Planner:
         state = self._sources.get(source)
         if state is None:
             return
+        is_work = False
         for block, mask in self._chunks.spread(object_index, bitmap):
-            state.gain(self._chunks, block, mask)
+            is_work |= state.gain(self._chunks, block, mask)
         self._bar_refused(state)
-        self._make_hungry(state)
+        if is_work:
+            self._make_hungry(state)
+        else:
+            self._stir(state)
 
     def source_holds_all(self, now: float, source: str) -> None:
         """Note that a source holds every wanted object."""
@@ -185,7 +189,10 @@ class Planner:
             self._make_hungry(state)
 
     def source_lacks(self, now: float, source: str, object_index: int) -> None:
-        """Note that a source does not have an object, whatever was said before."""
+        """Note that a source does not have an object, whatever was said before.
+
+        What it was asked for before stays in flight until it is answered.
+        """
         state = self._sources.get(source)
         if state is not None:
             for block, mask in self._chunks.spread(object_index, None):
@@ -208,6 +215,7 @@ class Planner:
             self._bar(state, position)
 
     def _bar(self, state: SourceState, position: int) -> None:
+        """Take a single chunk out of what a source holds."""
         block, offset = divmod(position, BLOCK_CHUNKS)
         if state.holds(position):
             state.lose(self._chunks, block, 1 << offset)
@@ -332,6 +340,7 @@ class Planner:
             self._drop(now, source, failure, detail or failure.value)
 
     def _answer_in_vain(self, now: float, state: SourceState, position: int) -> OpenRequest | None:
+        """Note a chunk that came and was of no use; return the request that asked for it."""
         request, is_uncovered = self._flights.answer_in_vain(now, state, position)
         if request is None:
             state.head_since = state.answered_at = now
@@ -455,11 +464,11 @@ class Planner:
             return 0
         if count >= limits.min_requests_per_source and state.queued_bytes >= target_bytes:
             return 0
-        if self._chunks.free_bytes:
-            # Near the end, a share of what is left: all should be done together.
-            share = rate / max(rate, self._flights.total_rate)
-            target_bytes = min(target_bytes, share * self._chunks.free_bytes)
         size_bytes = int(target_bytes / limits.min_requests_per_source)
+        if self._chunks.free_bytes:
+            # Near the end, its share of what is left: all should be done together.
+            share = rate / max(rate, self._flights.total_rate)
+            size_bytes = min(size_bytes, int(share * self._chunks.free_bytes))
         return max(CHUNK_SIZE, min(size_bytes, limits.max_request_chunks * CHUNK_SIZE))
 
     # deadlines

@@ -28,6 +28,11 @@ def set_bit(bitmap: bytearray, index: int) -> None:
     bitmap[index >> 3] |= 1 << (index & 7)
 
 
+def clear_bit(bitmap: bytearray, index: int) -> None:
+    """Clear chunk `index`."""
+    bitmap[index >> 3] &= ~(1 << (index & 7)) & 0xFF
+
+
 def count_set(bitmap: bytes | bytearray) -> int:
     """Return how many chunks are set."""
     return int.from_bytes(bitmap, "little").bit_count()

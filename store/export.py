@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from .checking import iterate_object
-from .errors import BadInput, LocalError
+from .errors import BadInput, StoreDamaged
 from .manifest import FileEntry, Manifest
 from .names import check_path
-from .place import disk_errors
+from .place import disk_errors, remove_file
 from .store import Store
 
 Progress = Callable[[int], None]
@@ -119,22 +119,21 @@ def _write_file(
                 yield piece
                 progress(len(piece))
 
-    size = _write(target, pieces())
-    if size != file.size_bytes:
-        raise LocalError(f"{target}: wrote {size} bytes, expected {file.size_bytes}")
+    _write(target, pieces(), file.size_bytes)
 
 
-def _write(target: Path, pieces: Iterable[memoryview]) -> int:
-    """Write pieces to a file that gets its name once it is complete; return its size."""
-    temporary = target.with_name(f".{target.name[:100]}.{uuid.uuid4().hex[:8]}.part")
-    size = 0
+def _write(target: Path, pieces: Iterable[memoryview], size_bytes: int | None = None) -> None:
+    """Write pieces to a file that gets its name once it is complete."""
+    # Not made from the target's name, which may be as long as a name can be.
+    temporary = target.with_name(f".tensorswarm-{uuid.uuid4().hex}.part")
     try:
         with disk_errors(f"cannot write {target}"):
             with temporary.open("xb") as output:
                 for piece in pieces:
                     output.write(piece)
-                    size += len(piece)
+                size = output.tell()
+            if size_bytes is not None and size != size_bytes:
+                raise StoreDamaged(f"{target}: its parts have {size} bytes, it has {size_bytes}")
             os.replace(temporary, target)
     finally:
-        temporary.unlink(missing_ok=True)
-    return size
+        remove_file(temporary)

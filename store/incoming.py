@@ -9,26 +9,59 @@ that other models share.
 
 The bitmap reaches the index now and then. After a crash it does not matter if it
 is behind: chunks that lie in the file unclaimed are hashed and claimed.
+
+Several processes may receive one object into one file at once. They write the same
+bytes at the same places, so nobody waits for anybody; the first to have it all moves
+the file away, and the others notice when they write next. That is why only the first
+write makes the file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
-
-from blake3 import blake3
+from typing import Protocol
 
 from . import bitmap
 from .digest import CHUNK_SIZE, DIGEST_SIZE, chunk_count, chunk_length, digest_of
 from .errors import BadInput, HashMismatch
-from .place import COPY_BUFFER_SIZE, disk_errors, read_exactly, write_fully
+from .place import disk_errors, read_exactly, write_fully
 
 
 class ChunkMismatch(HashMismatch):
     """A chunk's bytes are not those its digest names; nothing was kept."""
+
+
+class Keeper(Protocol):
+    """What becomes of an object being received. Called from the threads that write."""
+
+    def proved(self, incoming: Incoming, data: memoryview | None) -> None:
+        """Take over an object whose last chunk was proved.
+
+        Called once, with the bytes when they are a single chunk. It sets `finished`.
+        """
+        ...
+
+    def touched(self, incoming: Incoming) -> None:
+        """Hear that a chunk of a larger object was proved, and more are missing."""
+        ...
+
+    def vanished(self, incoming: Incoming) -> None:
+        """Settle what it means that the file in progress is gone.
+
+        Returns if the object is in the store, whole: then it sets `finished`. Chunks that
+        come later are verified and counted, and not written any more.
+
+        Raises
+        ------
+        TensorswarmError
+            It is not, and cannot be received any more.
+        """
+        ...
 
 
 class Incoming:
@@ -44,11 +77,8 @@ class Incoming:
         Its chunk list (32 bytes a chunk), or empty for an object of one chunk.
     path : Path
         The file in progress; not used for an object of one chunk.
-    complete : callable
-        Called once, from the thread that proved the last chunk, with this object and
-        the bytes when they are a single chunk (else None). It sets `finished`.
-    touched : callable
-        Called after a chunk of a larger object was proved.
+    keeper : Keeper
+        Takes it over when it is proved.
 
     Attributes
     ----------
@@ -62,38 +92,29 @@ class Incoming:
     """
 
     def __init__(
-        self,
-        digest: bytes,
-        size_bytes: int,
-        chunk_list: bytes,
-        path: Path,
-        complete: Callable[[Incoming, memoryview | None], None],
-        touched: Callable[[Incoming], None],
+        self, digest: bytes, size_bytes: int, chunk_list: bytes, path: Path, keeper: Keeper
     ) -> None:
         self.digest = digest
         self.size_bytes = size_bytes
         self.chunk_count = chunk_count(size_bytes)
         if self.chunk_count == 1:
             chunk_list = digest
-        if len(chunk_list) != DIGEST_SIZE * self.chunk_count:
+        if self.chunk_count == 0 or len(chunk_list) != DIGEST_SIZE * self.chunk_count:
             raise BadInput(
                 f"the chunk list of {digest.hex()} has {len(chunk_list)} bytes, "
                 f"{self.chunk_count} chunks need {DIGEST_SIZE * self.chunk_count}"
             )
         self.chunk_list = chunk_list if self.chunk_count > 1 else b""
+        self.chunk_list_digest = digest_of(self.chunk_list) if self.chunk_list else b""
         self._digests = chunk_list
         self.path = path
-        self._complete = complete
-        self._touched = touched
+        self._keeper = keeper
         self._lock = threading.Lock()
         self._proved = bitmap.empty(self.chunk_count)
         self._missing = self.chunk_count
+        self._has_file = False
+        self._is_over = False
         self.finished: Future[None] = Future()
-
-    @property
-    def chunk_list_digest(self) -> bytes:
-        """Digest of the chunk list; empty for an object of one chunk."""
-        return digest_of(self.chunk_list) if self.chunk_list else b""
 
     def is_missing(self, chunk: int) -> bool:
         """Tell whether a chunk is not proved yet."""
@@ -129,30 +150,43 @@ class Incoming:
             The bytes are not the chunk's; nothing was written.
         NoRoom
             The disk is full.
+        LocalError
+            The store is closed, or its file was taken away.
         """
-        if (
-            len(data) != chunk_length(self.size_bytes, chunk)
-            or blake3(data).digest()
-            != (self._digests[chunk * DIGEST_SIZE : (chunk + 1) * DIGEST_SIZE])
-        ):
+        if len(data) != chunk_length(self.size_bytes, chunk) or not self._matches(chunk, data):
             raise ChunkMismatch(f"chunk {chunk} of {self.digest.hex()} does not match its hash")
         if not self.is_missing(chunk):
             return False
-        if self.chunk_count > 1:
-            self._write_to_file(chunk * CHUNK_SIZE, data)
+        if self._is_over:
+            self.finished.result()  # raises what went wrong; else the object is here already
+        elif self.chunk_count > 1 and not self._write_to_file(chunk * CHUNK_SIZE, data):
+            if not self.is_missing(chunk):
+                return False
+            self._keeper.vanished(self)
         return self._claim(chunk, data)
 
-    def _write_to_file(self, offset: int, data: memoryview) -> None:
+    def _matches(self, chunk: int, data: memoryview) -> bool:
+        return digest_of(data) == self._digests[chunk * DIGEST_SIZE : (chunk + 1) * DIGEST_SIZE]
+
+    def _write_to_file(self, offset: int, data: memoryview) -> bool:
+        """Write to the file in progress; False if it is not there any more."""
         with disk_errors(f"cannot write to {self.path.name}"):
+            self._make_file()
             try:
-                descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                descriptor = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
             except FileNotFoundError:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                return False
             try:
                 write_fully(descriptor, offset, data)
             finally:
                 os.close(descriptor)
+        return True
+
+    def _make_file(self) -> None:
+        with self._lock:
+            if not self._has_file:
+                os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644))
+                self._has_file = True
 
     def _claim(self, chunk: int, data: memoryview) -> bool:
         with self._lock:
@@ -161,10 +195,12 @@ class Incoming:
             bitmap.set_bit(self._proved, chunk)
             self._missing -= 1
             last = self._missing == 0
-        if self.chunk_count > 1 and not last:
-            self._touched(self)
+        if self._is_over:
+            return True
         if last:
-            self._complete(self, data if self.chunk_count == 1 else None)
+            self._keeper.proved(self, data if self.chunk_count == 1 else None)
+        elif self.chunk_count > 1:
+            self._keeper.touched(self)
         return True
 
     # ---- taking up what an earlier process left
@@ -175,46 +211,69 @@ class Incoming:
             self._proved = bitmap.full(self.chunk_count)
             self._missing = 0
 
-    def resume(self, trusted: bytes | None) -> int:
+    def resume(self, trusted: bytes | None) -> None:
         """Claim the chunks that already lie in the file.
+
+        Nobody is told when that completes the object: it is for `begin`.
 
         Parameters
         ----------
         trusted : bytes or None
             Bitmap of chunks that need no second look; None to hash every chunk.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                self._resume_from(descriptor, trusted)
+            finally:
+                os.close(descriptor)
+
+    def _resume_from(self, descriptor: int, trusted: bytes | None) -> None:
+        buffer = memoryview(bytearray(CHUNK_SIZE))
+        for chunk in self._chunks_with_data(descriptor):
+            is_trusted = trusted is not None and bitmap.is_set(trusted, chunk)
+            if is_trusted or self._lies_in(descriptor, chunk, buffer):
+                with self._lock:
+                    bitmap.set_bit(self._proved, chunk)
+                    self._missing -= 1
+                    self._has_file = True
+
+    def begin(self) -> None:
+        """Hand the object over if `resume` found all of it."""
+        if self.chunk_count > 1 and self._missing == 0:
+            self._keeper.proved(self, None)
+
+    def recheck(self) -> int:
+        """Hash the file's chunks again and give up those that do not match.
 
         Returns
         -------
         int
-            How many bytes were claimed.
+            How many chunks were given up.
         """
-        if self.chunk_count == 1:
-            return 0
+        buffer = memoryview(bytearray(CHUNK_SIZE))
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return 0
-        claimed = 0
-        try:
-            buffer = memoryview(bytearray(CHUNK_SIZE))
-            for chunk in self._chunks_with_data(descriptor):
-                length = chunk_length(self.size_bytes, chunk)
-                is_trusted = trusted is not None and bitmap.is_set(trusted, chunk)
-                if not is_trusted and not self._matches(descriptor, chunk, buffer[:length]):
-                    continue
-                self._claim(chunk, buffer[:0])
-                claimed += length
+            bad = [
+                chunk
+                for chunk in range(self.chunk_count)
+                if not self._lies_in(descriptor, chunk, buffer)
+            ]
         finally:
             os.close(descriptor)
-        return claimed
+        with self._lock:
+            for chunk in bad:
+                bitmap.clear_bit(self._proved, chunk)
+            self._missing = self.chunk_count - bitmap.count_set(self._proved)
+        return len(bad)
 
-    def _matches(self, descriptor: int, chunk: int, view: memoryview) -> bool:
+    def _lies_in(self, descriptor: int, chunk: int, buffer: memoryview) -> bool:
+        view = buffer[: chunk_length(self.size_bytes, chunk)]
         try:
             read_exactly(descriptor, chunk * CHUNK_SIZE, view)
         except OSError:
             return False
-        wanted = self._digests[chunk * DIGEST_SIZE : (chunk + 1) * DIGEST_SIZE]
-        return blake3(view).digest() == wanted
+        return self._matches(chunk, view)
 
     def _chunks_with_data(self, descriptor: int) -> Iterator[int]:
         """Yield the chunks of which the sparse file holds all or some."""
@@ -224,24 +283,24 @@ class Incoming:
             try:
                 start = os.lseek(descriptor, position, os.SEEK_DATA)
                 position = os.lseek(descriptor, start, os.SEEK_HOLE)
-            except OSError:  # ENXIO: no data after this; elsewhere holes are not told apart
+            except OSError:  # ENXIO: no data after this
                 return
-            for chunk in range(max(following, start // CHUNK_SIZE), chunk_count(position)):
-                if chunk < self.chunk_count:
-                    yield chunk
-            following = chunk_count(position)
+            upto = min(chunk_count(position), self.chunk_count)
+            yield from range(max(following, start // CHUNK_SIZE), upto)
+            following = upto
 
+    # ---- the end
 
-def hash_file(path: Path, size_bytes: int) -> bytes:
-    """Return the BLAKE3 digest of a file's first `size_bytes` bytes, read in large pieces."""
-    hasher = blake3(max_threads=blake3.AUTO)
-    buffer = memoryview(bytearray(min(COPY_BUFFER_SIZE, max(size_bytes, 1))))
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        for offset in range(0, size_bytes, len(buffer)):
-            view = buffer[: min(len(buffer), size_bytes - offset)]
-            read_exactly(descriptor, offset, view)
-            hasher.update(view)
-    finally:
-        os.close(descriptor)
-    return hasher.digest()
+    def finish(self, error: BaseException | None) -> None:
+        """Set `finished`: to None when the object is in the index, else to what went wrong.
+
+        The first call counts.
+        """
+        with self._lock:
+            if self._is_over:
+                return
+            self._is_over = True
+        if error is None:
+            self.finished.set_result(None)
+        else:
+            self.finished.set_exception(error)

@@ -1,9 +1,14 @@
 """The store's index: one SQLite database in WAL mode.
 
 One writer thread makes every change; what waits for it is carried out in one
-transaction, so that a burst of chunks costs one commit. Readers have a
-connection each per thread and never wait for the writer. Several processes may
-open the same index; SQLite's locks order their writers.
+transaction, so that a burst of chunks costs one commit. Readers never wait for the
+writer; a small pool of connections serves all threads, because threads come and go.
+Several processes may open the same index; SQLite's locks order their writers, so what
+an operation does to files while its transaction is open, no other process does at the
+same time.
+
+An operation may be run twice: when a batch fails, each of it is tried again alone.
+A future's callbacks run in the writer thread and must not submit operations.
 
 This module knows tables and transactions. It knows nothing of files, digests'
 meaning or chunks.
@@ -11,15 +16,18 @@ meaning or chunks.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .errors import BadInput, LocalError, NoRoom
+from .errors import BadInput, LocalError, NoRoom, TensorswarmError
+from .place import sync_directory, sync_file
 
 T = TypeVar("T")
 Operation = Callable[[sqlite3.Connection], T]
@@ -35,11 +43,14 @@ MAX_BATCH = 1024
 MAX_QUEUED = 2048
 """Most operations that wait for the writer: at 64 KiB of inline data each, 128 MiB."""
 
+MAX_READERS = 8
+"""Most queries at a time, and connections kept: each holds two files and up to 2 MB."""
+
 MAX_SQL_VARIABLES = 500
 """Values bound in one statement; SQLite's own oldest limit is 999."""
 
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS objects (
+CREATE TABLE objects (
     digest BLOB PRIMARY KEY,
     size INTEGER NOT NULL,
     place INTEGER NOT NULL,           -- 0 in `data`, 1 a file of its own, 2 in an adopted file
@@ -47,18 +58,23 @@ CREATE TABLE IF NOT EXISTS objects (
     file_id INTEGER REFERENCES adopted_files(id),
     file_offset INTEGER,
     chunk_list BLOB NOT NULL,         -- digest of the chunk list, empty for a single chunk
-    boot TEXT                         -- the machine's start it was written under; NULL once durable
+    head INTEGER NOT NULL,            -- from the first chunk's digest, see records.head_of
+    boot TEXT,                        -- the machine's start it was written under; NULL once durable
+    added_by TEXT                     -- the unfinished `add` that would take it away again
 );
-CREATE INDEX IF NOT EXISTS objects_boot ON objects(boot) WHERE boot IS NOT NULL;
-CREATE INDEX IF NOT EXISTS objects_file ON objects(file_id) WHERE file_id IS NOT NULL;
-CREATE TABLE IF NOT EXISTS adopted_files (
+CREATE INDEX objects_head ON objects(head);
+CREATE INDEX objects_boot ON objects(boot) WHERE boot IS NOT NULL;
+CREATE INDEX objects_file ON objects(file_id) WHERE file_id IS NOT NULL;
+CREATE INDEX objects_added_by ON objects(added_by) WHERE added_by IS NOT NULL;
+CREATE TABLE adopted_files (
     id INTEGER PRIMARY KEY,
-    path TEXT UNIQUE NOT NULL,
+    path BLOB UNIQUE NOT NULL,        -- as the system has it: not every name is Unicode
     size INTEGER NOT NULL,
     mtime_ns INTEGER NOT NULL,
+    ctime_ns INTEGER NOT NULL,
     inode INTEGER NOT NULL
 );
-CREATE TABLE IF NOT EXISTS partials (
+CREATE TABLE partials (
     digest BLOB NOT NULL,
     chunk_list BLOB NOT NULL,
     size INTEGER NOT NULL,
@@ -66,21 +82,40 @@ CREATE TABLE IF NOT EXISTS partials (
     boot TEXT NOT NULL,
     PRIMARY KEY (digest, chunk_list)
 );
-CREATE TABLE IF NOT EXISTS manifests (
+CREATE TABLE manifests (
     digest BLOB PRIMARY KEY,
     name TEXT NOT NULL,
     added INTEGER NOT NULL            -- seconds since 1970
 );
-CREATE TABLE IF NOT EXISTS pins (digest BLOB PRIMARY KEY);
+CREATE TABLE pins (digest BLOB PRIMARY KEY);
+CREATE TABLE changes (models INTEGER NOT NULL, objects INTEGER NOT NULL);
+INSERT INTO changes VALUES (0, 0);
+CREATE TRIGGER object_added AFTER INSERT ON objects
+    BEGIN UPDATE changes SET objects = objects + 1; END;
+CREATE TRIGGER object_dropped AFTER DELETE ON objects
+    BEGIN UPDATE changes SET objects = objects + 1; END;
+CREATE TRIGGER model_added AFTER INSERT ON manifests
+    BEGIN UPDATE changes SET models = models + 1; END;
+CREATE TRIGGER model_dropped AFTER DELETE ON manifests
+    BEGIN UPDATE changes SET models = models + 1; END;
 """
 
+_FULL_CODES = frozenset(
+    {
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_IOERR_WRITE,
+        sqlite3.SQLITE_IOERR_SHMSIZE,
+        sqlite3.SQLITE_IOERR_TRUNCATE,
+    }
+)
+"""What SQLite says when a disk, a quota or a limit on file sizes is full."""
 
-def translate(error: Exception, what: str) -> Exception:
+
+def translate(error: sqlite3.Error, what: str) -> TensorswarmError:
     """Return the project's error for a SQLite error met while doing `what`."""
-    text = str(error)
-    if "full" in text or "disk I/O error" in text:
-        return NoRoom(f"no room on disk for the store's index ({what}): {text}")
-    return LocalError(f"the store's index failed ({what}): {text}")
+    if getattr(error, "sqlite_errorcode", None) in _FULL_CODES:
+        return NoRoom(f"no room on disk for the store's index ({what}): {error}")
+    return LocalError(f"the store's index failed ({what}): {error}")
 
 
 class Index:
@@ -95,58 +130,84 @@ class Index:
     ------
     BadInput
         The file is not an index, or one of a newer version.
+    NoRoom, LocalError
+        The disk does not take it.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._local = threading.local()
-        self._readers: list[sqlite3.Connection] = []
-        self._readers_lock = threading.Lock()
+        self._idle: list[sqlite3.Connection] = []
+        self._idle_lock = threading.Lock()
+        self._reader_slots = threading.BoundedSemaphore(MAX_READERS)
         self._queue: queue.Queue[tuple[Operation[Any], Future[Any]] | None] = queue.Queue(
             MAX_QUEUED
         )
+        self._gate = threading.Lock()
         self._closed = False
-        try:
-            self._writer = self._connect()
-            self._prepare(self._writer)
-        except sqlite3.DatabaseError as error:
-            raised = translate(error, "opening it")
-            if isinstance(raised, NoRoom):
-                raise raised from error
-            raise BadInput(f"{path} is not a tensorswarm index: {error}") from error
+        self._writer = self._open_writer()
         self._thread = threading.Thread(target=self._run, name="store-writer", daemon=True)
         self._thread.start()
 
     def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(
+        return sqlite3.connect(
             self._path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
         )
-        connection.execute("PRAGMA journal_mode=WAL")
-        # NORMAL: a power cut may lose the last commits but never tears the index.
-        connection.execute("PRAGMA synchronous=NORMAL")
-        connection.execute("PRAGMA foreign_keys=ON")
-        return connection
+
+    def _open_writer(self) -> sqlite3.Connection:
+        connection: sqlite3.Connection | None = None
+        try:
+            connection = self._connect()
+            _use_wal(connection)
+            # NORMAL: a power cut may lose the last commits but never tears the index.
+            connection.execute("PRAGMA synchronous=NORMAL")
+            connection.execute("PRAGMA foreign_keys=ON")
+            self._prepare(connection)
+            return connection
+        except BaseException as error:
+            if connection is not None:
+                connection.close()
+            if not isinstance(error, sqlite3.Error):
+                raise
+            if _primary_code(error) in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
+                raise BadInput(f"{self._path} is not a tensorswarm index: {error}") from error
+            raise translate(error, "opening it") from error
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
+        if self._is_prepared(connection):
+            return
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            if not self._is_prepared(connection):  # another process may just have done it
+                (tables,) = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
+                if tables:
+                    raise BadInput(f"{self._path} is not a tensorswarm index: it has other tables")
+                for statement in _statements(_SCHEMA):
+                    connection.execute(statement)
+                connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+    def _is_prepared(self, connection: sqlite3.Connection) -> bool:
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         if version > SCHEMA_VERSION:
             raise BadInput(
                 f"the store was written by a newer tensorswarm (index version {version}, "
                 f"this one reads {SCHEMA_VERSION}): upgrade, or use another --store"
             )
-        if version < SCHEMA_VERSION:
-            connection.executescript(
-                f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;"
-            )
+        return bool(version == SCHEMA_VERSION)
 
     # ---- writing
 
     def submit(self, operation: Operation[T]) -> Future[T]:
         """Queue a change; the future is done once it is committed."""
-        if self._closed:
-            raise LocalError("the store is closed")
         future: Future[T] = Future()
-        self._queue.put((operation, future))
+        with self._gate:
+            if self._closed:
+                raise LocalError("the store is closed")
+            self._queue.put((operation, future))
         return future
 
     def write(self, operation: Operation[T]) -> T:
@@ -154,98 +215,168 @@ class Index:
         return self.submit(operation).result()
 
     def _run(self) -> None:
-        while True:
+        stop = False
+        while not stop:
             item = self._queue.get()
-            if item is None:
-                return
-            batch = [item]
-            stop = False
-            while len(batch) < MAX_BATCH:
-                try:
-                    item = self._queue.get_nowait()
-                except queue.Empty:
+            batch = []
+            while item is not None:
+                # False if the caller cancelled it. From here on nobody can.
+                if item[1].set_running_or_notify_cancel():
+                    batch.append(item)
+                if len(batch) == MAX_BATCH or self._queue.empty():
                     break
-                if item is None:
-                    stop = True
-                    break
-                batch.append(item)
-            self._commit(batch)
-            if stop:
-                return
+                item = self._queue.get()
+            stop = item is None
+            if batch:
+                self._commit(batch)
+        self._writer.close()
 
-    def _commit(self, batch: Sequence[tuple[Operation[Any], Future[Any]]]) -> None:
-        """Run a batch as one transaction; alone, each, when the batch fails."""
+    def _commit(self, batch: Sequence[tuple[Operation[Any], Future[Any]]]) -> bool:
+        """Run a batch as one transaction; alone, each, when one of it fails.
+
+        Returns
+        -------
+        bool
+            False if no transaction could be begun: then it is not one operation's fault.
+        """
+        try:
+            if self._writer.in_transaction:
+                self._writer.execute("ROLLBACK")  # it failed before; without it nothing goes on
+            self._writer.execute("BEGIN IMMEDIATE")
+        except sqlite3.Error as error:
+            _fail(batch, translate(error, "writing"))
+            return False
         try:
             results = self._transact([operation for operation, _ in batch])
         except Exception as error:
-            if len(batch) > 1:
-                for item in batch:
-                    self._commit([item])
-                return
-            known = translate(error, "writing") if isinstance(error, sqlite3.Error) else error
-            batch[0][1].set_exception(known)
-            return
+            if len(batch) == 1:
+                known = translate(error, "writing") if isinstance(error, sqlite3.Error) else error
+                _fail(batch, known)
+                return True
+            for position, item in enumerate(batch):
+                if not self._commit([item]):
+                    _fail(batch[position + 1 :], LocalError("the store's index is locked"))
+                    return False
+            return True
         for (_, future), result in zip(batch, results, strict=True):
             future.set_result(result)
+        return True
 
     def _transact(self, operations: Sequence[Operation[Any]]) -> list[Any]:
-        self._writer.execute("BEGIN IMMEDIATE")
         try:
             results = [operation(self._writer) for operation in operations]
             self._writer.execute("COMMIT")
         except BaseException:
-            if self._writer.in_transaction:
-                self._writer.execute("ROLLBACK")
+            with contextlib.suppress(sqlite3.Error):  # tried again before the next transaction
+                if self._writer.in_transaction:  # a full disk may have ended it already
+                    self._writer.execute("ROLLBACK")
             raise
         return results
 
     # ---- reading
 
-    def _reader(self) -> sqlite3.Connection:
-        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
-        if connection is None:
-            if self._closed:
-                raise LocalError("the store is closed")
-            connection = self._connect()
-            self._local.connection = connection
-            with self._readers_lock:
-                self._readers.append(connection)
-        return connection
+    @contextlib.contextmanager
+    def _reader(self) -> Iterator[sqlite3.Connection]:
+        if not self._reader_slots.acquire(timeout=BUSY_TIMEOUT_S):
+            raise LocalError("the store's index is busy: no reader came free in time")
+        try:
+            with self._idle_lock:
+                if self._closed:
+                    raise LocalError("the store is closed")
+                connection = self._idle.pop() if self._idle else None
+            if connection is None:
+                connection = self._connect()
+                connection.execute("PRAGMA query_only=ON")
+            try:
+                yield connection
+            finally:
+                self._put_back(connection)
+        finally:
+            self._reader_slots.release()
+
+    def _put_back(self, connection: sqlite3.Connection) -> None:
+        with self._idle_lock:
+            if not self._closed:
+                self._idle.append(connection)
+                return
+        connection.close()
 
     def query(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """Return all rows of a read-only statement."""
         try:
-            return self._reader().execute(sql, parameters).fetchall()
+            with self._reader() as connection:
+                return connection.execute(sql, parameters).fetchall()
         except sqlite3.Error as error:
             raise translate(error, "reading") from error
 
     def query_keys(self, sql: str, keys: Sequence[bytes]) -> list[tuple[Any, ...]]:
         """Return the rows of `sql` for many keys; ``{keys}`` in it stands for their list."""
         rows: list[tuple[Any, ...]] = []
-        for start in range(0, len(keys), MAX_SQL_VARIABLES):
-            part = keys[start : start + MAX_SQL_VARIABLES]
-            rows += self.query(sql.format(keys=",".join("?" * len(part))), part)
+        for part, text in in_parts(sql, keys):
+            rows += self.query(text, part)
         return rows
 
-    def data_version(self) -> int:
-        """Return a number that changes when another connection committed something."""
-        return int(self.query("PRAGMA data_version")[0][0])
-
-    def checkpoint(self) -> None:
-        """Move the write-ahead log into the database and onto stable storage."""
+    def sync(self) -> None:
+        """Put every commit so far onto stable storage."""
+        # The log alone is enough. The database file must not be opened and closed here:
+        # that would release the locks SQLite holds on it for this process (POSIX).
+        sync_file(self._path.with_name(self._path.name + "-wal"))
+        sync_directory(self._path.parent)
         try:
-            self._reader().execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+            with self._reader() as connection:
+                connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
         except sqlite3.Error as error:
             raise translate(error, "checkpoint") from error
 
     def close(self) -> None:
         """Finish what is queued, then close every connection."""
-        if self._closed:
+        with self._gate:
+            if self._closed:
+                return
+            with self._idle_lock:
+                self._closed = True
+                idle, self._idle = self._idle, []
+            self._queue.put(None)
+        for connection in idle:
+            connection.close()
+        self._thread.join(2 * BUSY_TIMEOUT_S)  # a batch waits for another process once
+
+
+def in_parts(sql: str, keys: Sequence[bytes]) -> Iterator[tuple[Sequence[bytes], str]]:
+    """Yield portions of many keys, each with the statement that takes it."""
+    for start in range(0, len(keys), MAX_SQL_VARIABLES):
+        part = keys[start : start + MAX_SQL_VARIABLES]
+        yield part, sql.format(keys=",".join("?" * len(part)))
+
+
+def _fail(batch: Sequence[tuple[Operation[Any], Future[Any]]], error: Exception) -> None:
+    for _, future in batch:
+        future.set_exception(error)
+
+
+def _primary_code(error: sqlite3.Error) -> int:
+    """Return SQLite's result code without what extends it; 0 for an error of the binding."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
+
+
+def _use_wal(connection: sqlite3.Connection) -> None:
+    """Switch to WAL; two processes that do so at once are told "locked" without a wait."""
+    give_up_at = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
             return
-        self._closed = True
-        self._queue.put(None)
-        self._thread.join(BUSY_TIMEOUT_S)
-        with self._readers_lock:
-            for connection in self._readers:
-                connection.close()
-        self._writer.close()
+        except sqlite3.OperationalError as error:
+            if _primary_code(error) != sqlite3.SQLITE_BUSY or time.monotonic() > give_up_at:
+                raise
+            time.sleep(0.01)
+
+
+def _statements(script: str) -> Iterator[str]:
+    """Yield a script's statements: `executescript` would commit before the first."""
+    statement = ""
+    for line in script.splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""

@@ -2,35 +2,40 @@
 
 Every file's layout is read and checked before a byte is kept, so that one
 malformed file leaves the store as it was. A piece whose digest is known already
-is not written again. Bytes are hashed while they are copied, and the copy must
-agree with the first reading: a file that changes under our hands is refused.
+is not written again. A file that changes under our hands is refused.
+
+Links to files are followed: caches of other tools are made of them. A folder that holds
+a link to a folder is refused, rather than left out in silence or followed to a place
+that nobody meant to share.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
-from blake3 import blake3
-
-from .digest import CHUNK_SIZE, EMPTY_DIGEST, digest_of
-from .errors import BadInput
+from .adding import Adding, Progress
+from .digest import EMPTY_DIGEST, digest_of
+from .errors import BadInput, LocalError
 from .formats import layout_of
-from .formats.layout import Layout, Piece
+from .formats.layout import Layout
+from .hashing import RangeHasher
 from .manifest import MAX_FILES, Manifest, ManifestBuilder, ObjectRef
 from .names import check_path, check_paths
-from .place import COPY_BUFFER_SIZE, disk_errors, read_exactly
-from .records import AdoptedFile
-from .store import INLINE_LIMIT, Store
+from .records import FileState, wait_for_clock
+from .store import Store
 
 SKIPPED_FOLDERS = frozenset({".git", ".cache", "__pycache__"})
 """Folders that hold a tool's own state, not the model's files."""
 
-Progress = Callable[[int], None]
-"""Called with the number of bytes done since the last call."""
+MAX_ROUNDS = 3
+"""Times to add again what somebody else took out of the store before we were done."""
+
+_CHANGED = "changed while it was being read; add it again"
 
 
 class Ingested(NamedTuple):
@@ -43,7 +48,7 @@ class Ingested(NamedTuple):
 class _Source(NamedTuple):
     path: Path
     name: str
-    size_bytes: int
+    state: FileState
     layout: Layout
 
 
@@ -60,7 +65,8 @@ def files_under(paths: Sequence[Path]) -> list[tuple[Path, str]]:
     found: list[tuple[Path, str]] = []
     for path in paths:
         if path.is_dir():
-            found += [(file, file.relative_to(path).as_posix()) for file in _walk(path)]
+            files = ((file, file.relative_to(path).as_posix()) for file in _walk(path))
+            found += itertools.islice(files, MAX_FILES + 1)
         elif path.exists():
             found.append((path, path.name))
         else:
@@ -76,40 +82,48 @@ def files_under(paths: Sequence[Path]) -> list[tuple[Path, str]]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    for parent, folders, files in os.walk(folder):
+    def refuse(error: OSError) -> NoReturn:
+        raise BadInput(f"{error.filename}: cannot be read: {error.strerror}") from error
+
+    for parent, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = sorted(set(folders) - SKIPPED_FOLDERS)
+        for name in folders:
+            if (Path(parent) / name).is_symlink():
+                raise BadInput(f"{Path(parent) / name}: a link to a folder; add that folder itself")
         for name in sorted(files):
             yield Path(parent) / name
 
 
 def _open(path: Path) -> int:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        # Looked at before it is opened: opening a device can have effects of its own.
+        if stat.S_ISREG(path.stat().st_mode):
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return descriptor
+            os.close(descriptor)
     except OSError as error:
         raise BadInput(f"{path}: cannot be read: {error.strerror}") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise BadInput(f"{path}: not a regular file")
-    return descriptor
+    raise BadInput(f"{path}: not a regular file")
 
 
 def _read_source(path: Path, name: str) -> _Source:
     descriptor = _open(path)
     try:
-        size = os.fstat(descriptor).st_size
+        state = FileState.of(os.fstat(descriptor))
 
         def read_at(offset: int, length: int) -> bytes:
             return os.pread(descriptor, length, offset)
 
         try:
-            layout = layout_of(name, size, read_at)
+            layout = layout_of(name, state.size_bytes, read_at)
         except BadInput as error:
             raise BadInput(f"{path}: {error}") from error
         except OSError as error:
             raise BadInput(f"{path}: cannot be read: {error.strerror}") from error
     finally:
         os.close(descriptor)
-    return _Source(path, name, size, layout)
+    return _Source(path, name, state, layout)
 
 
 def read_sources(paths: Sequence[Path]) -> list[_Source]:
@@ -150,17 +164,46 @@ def add_paths(
         The disk is full; what this call had added is removed again.
     """
     sources = read_sources(paths)
-    builder = ManifestBuilder()
-    new: dict[bytes, int] = {}
+    adding = Adding(store, copy, progress)
     try:
-        for source in sources:
-            _add_file(store, source, builder, new, copy, progress)
-        manifest = builder.build()
-        store.put_manifest(manifest, model_name(paths))
+        for _ in range(MAX_ROUNDS):
+            builder = ManifestBuilder()
+            for source in sources:
+                _add_file(source, builder, adding, copy)
+            adding.settle()
+            manifest = builder.build()
+            if store.put_complete(manifest, model_name(paths), adding.name):
+                return Ingested(manifest, adding.new_bytes)
+            adding.forget_what_is_here()
+        raise LocalError("the model's tensors are removed from the store while it is added")
     except BaseException:
-        store.forget(list(new))
+        adding.undo()
         raise
-    return Ingested(manifest, sum(new.values()))
+    finally:
+        adding.close()
+
+
+def _add_file(source: _Source, builder: ManifestBuilder, adding: Adding, copy: bool) -> None:
+    descriptor = _open(source.path)
+    try:
+        if FileState.of(os.fstat(descriptor)) != source.state:
+            raise BadInput(f"{source.path}: {_CHANGED}")
+        wait_for_clock(source.state)
+        by_range = {
+            (piece.offset, piece.size_bytes): adding.take(
+                descriptor, piece.offset, piece.size_bytes
+            )
+            for piece in source.layout.pieces
+        }
+        if FileState.of(os.fstat(descriptor)) != source.state:
+            raise BadInput(f"{source.path}: {_CHANGED}")
+    except OSError as error:
+        raise BadInput(f"{source.path}: cannot be read: {error.strerror or error}") from error
+    finally:
+        os.close(descriptor)
+    if not copy:
+        adding.finish_file(source.path.resolve(), source.state)
+    _put_into(builder, source, by_range)
 
 
 def describe_paths(paths: Sequence[Path]) -> Manifest:
@@ -172,22 +215,30 @@ def describe_paths(paths: Sequence[Path]) -> Manifest:
         A path or a file is of no use.
     """
     builder = ManifestBuilder()
-    for source in read_sources(paths):
-        descriptor = _open(source.path)
-        try:
-            refs: dict[tuple[int, int], ObjectRef] = {}
-            for piece in source.layout.pieces:
-                digest, chunk_list = _hash_range(descriptor, piece.offset, piece.size_bytes)
-                list_digest = digest_of(chunk_list) if chunk_list else b""
-                refs[piece.offset, piece.size_bytes] = ObjectRef(
-                    digest, piece.size_bytes, list_digest
-                )
-        except OSError as error:
-            raise BadInput(f"{source.path}: cannot be read: {error.strerror}") from error
-        finally:
-            os.close(descriptor)
-        _put_into(builder, source, refs)
+    hasher = RangeHasher()
+    try:
+        for source in read_sources(paths):
+            _put_into(builder, source, _hash_pieces(source, hasher))
+    finally:
+        hasher.close()
     return builder.build()
+
+
+def _hash_pieces(source: _Source, hasher: RangeHasher) -> dict[tuple[int, int], ObjectRef]:
+    refs: dict[tuple[int, int], ObjectRef] = {}
+    descriptor = _open(source.path)
+    try:
+        for piece in source.layout.pieces:
+            digest, chunk_list = hasher.scan(descriptor, piece.offset, piece.size_bytes)
+            list_digest = digest_of(chunk_list) if chunk_list else b""
+            refs[piece.offset, piece.size_bytes] = ObjectRef(digest, piece.size_bytes, list_digest)
+        if FileState.of(os.fstat(descriptor)) != source.state:
+            raise BadInput(f"{source.path}: {_CHANGED}")
+    except OSError as error:
+        raise BadInput(f"{source.path}: cannot be read: {error.strerror or error}") from error
+    finally:
+        os.close(descriptor)
+    return refs
 
 
 def _put_into(
@@ -206,107 +257,5 @@ def _put_into(
 
 def model_name(paths: Sequence[Path]) -> str:
     """Return a name for people: the folder or file that was added."""
-    path = paths[0].absolute()
+    path = paths[0].resolve() if paths[0].name in ("", "..") else paths[0]
     return path.name or str(path)
-
-
-def _add_file(
-    store: Store,
-    source: _Source,
-    builder: ManifestBuilder,
-    new: dict[bytes, int],
-    copy: bool,
-    progress: Progress,
-) -> None:
-    descriptor = _open(source.path)
-    try:
-        before = os.fstat(descriptor)
-        adopted = None if copy else store.adopted.register(source.path.resolve())
-        by_range: dict[tuple[int, int], ObjectRef] = {}
-        for piece in source.layout.pieces:
-            by_range[piece.offset, piece.size_bytes] = _add_piece(
-                store, source, descriptor, piece, adopted, new, progress
-            )
-        after = os.fstat(descriptor)
-    except OSError as error:
-        raise BadInput(f"{source.path}: cannot be read: {error.strerror or error}") from error
-    finally:
-        os.close(descriptor)
-    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns) or (
-        before.st_size != source.size_bytes
-    ):
-        raise BadInput(f"{source.path}: changed while it was being read; add it again")
-    _put_into(builder, source, by_range)
-
-
-def _add_piece(
-    store: Store,
-    source: _Source,
-    descriptor: int,
-    piece: Piece,
-    adopted: AdoptedFile | None,
-    new: dict[bytes, int],
-    progress: Progress,
-) -> ObjectRef:
-    digest, chunk_list = _hash_range(descriptor, piece.offset, piece.size_bytes)
-    progress(piece.size_bytes)
-    known = store.records([digest]).get(digest)
-    if known is not None and store.locate(digest) is not None:
-        return ObjectRef(digest, piece.size_bytes, known.chunk_list)
-    list_digest = b""
-    if chunk_list:
-        list_digest = digest_of(chunk_list)
-        if not store.has(list_digest):
-            store.put_blob(chunk_list)
-            new.setdefault(list_digest, 0)
-    new[digest] = piece.size_bytes
-    if piece.size_bytes <= INLINE_LIMIT:
-        data = os.pread(descriptor, piece.size_bytes, piece.offset)
-        if digest_of(data) != digest:
-            raise BadInput(f"{source.path}: changed while it was being read; add it again")
-        store.keep_inline(digest, data, list_digest).result()
-    elif adopted is not None:
-        store.keep_range(adopted, piece.offset, digest, piece.size_bytes, list_digest).result()
-    else:
-        _copy_range(
-            store, source, descriptor, piece, ObjectRef(digest, piece.size_bytes, list_digest)
-        )
-    return ObjectRef(digest, piece.size_bytes, list_digest)
-
-
-def _hash_range(descriptor: int, offset: int, size_bytes: int) -> tuple[bytes, bytes]:
-    """Return a range's digest and chunk list, read in large pieces."""
-    whole = blake3(max_threads=blake3.AUTO)
-    single = size_bytes <= CHUNK_SIZE
-    chunk_digests: list[bytes] = []
-    buffer = memoryview(bytearray(min(COPY_BUFFER_SIZE, max(size_bytes, 1))))
-    for start in range(0, size_bytes, len(buffer)):
-        view = buffer[: min(len(buffer), size_bytes - start)]
-        read_exactly(descriptor, offset + start, view)
-        whole.update(view)
-        if not single:
-            chunk_digests += [
-                digest_of(view[at : at + CHUNK_SIZE]) for at in range(0, len(view), CHUNK_SIZE)
-            ]
-    return whole.digest(), b"".join(chunk_digests)
-
-
-def _copy_range(
-    store: Store, source: _Source, descriptor: int, piece: Piece, ref: ObjectRef
-) -> None:
-    """Copy a range into the store, hashing what is copied."""
-    path = store.place.temporary()
-    hasher = blake3(max_threads=blake3.AUTO)
-    buffer = memoryview(bytearray(min(COPY_BUFFER_SIZE, piece.size_bytes)))
-    try:
-        with disk_errors(f"cannot copy {source.path} into the store"), path.open("wb") as file:
-            for start in range(0, piece.size_bytes, len(buffer)):
-                view = buffer[: min(len(buffer), piece.size_bytes - start)]
-                read_exactly(descriptor, piece.offset + start, view)
-                hasher.update(view)
-                file.write(view)
-        if hasher.digest() != ref.digest:
-            raise BadInput(f"{source.path}: changed while it was being read; add it again")
-        store.keep_file(path, ref.digest, ref.size_bytes, ref.chunk_list).result()
-    finally:
-        path.unlink(missing_ok=True)

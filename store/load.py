@@ -1,7 +1,10 @@
 """Tensors as numpy arrays, mapped from the store and not copied.
 
-The arrays are read-only. They stay valid after the store is closed; those of
-objects in the index (64 KiB and less) are ordinary memory.
+The arrays are read-only. They stay valid after the store is closed, and after their
+tensors are dropped from it; those of objects in the index (64 KiB and less) are ordinary
+memory. Those in a file that was added without a copy show what anybody writes into that
+file later, and a program that reads them after the file was cut short is killed by the
+system (SIGBUS): do not write into files that are in use.
 """
 
 from __future__ import annotations
@@ -9,7 +12,6 @@ from __future__ import annotations
 import fnmatch
 import math
 import mmap
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,13 @@ from numpy.typing import NDArray
 from .dtypes import numpy_dtype
 from .errors import BadInput, StoreDamaged
 from .manifest import Manifest, NamedTensor
+from .reader import FileReader, InlineReader, read_all
 from .store import Store
 
 Array = NDArray[Any]
+
+MAX_MAPS = 32_768
+"""Most files mapped for one model: Linux allows a process 65,530 mappings in all."""
 
 
 def load_tensors(store: Store, manifest: Manifest, include: Sequence[str] = ()) -> dict[str, Array]:
@@ -67,35 +73,71 @@ def load_tensors(store: Store, manifest: Manifest, include: Sequence[str] = ()) 
                 )
     if include and not chosen:
         raise BadInput(f"no tensor matches {', '.join(map(repr, include))}")
-    return {name: _load(store, manifest, tensor) for name, tensor in chosen.items()}
+    loader = Loader(store, manifest)
+    return {name: loader.load(tensor) for name, tensor in chosen.items()}
 
 
-def _load(store: Store, manifest: Manifest, tensor: NamedTensor) -> Array:
-    dtype = numpy_dtype(tensor.dtype)
-    if math.prod(tensor.shape) == 0:
-        return np.empty(tensor.shape, dtype)
-    ref = manifest.objects[tensor.object_index]
-    found = store.locate(ref.digest)
-    if found is None:
-        raise StoreDamaged(f"tensor {tensor.name!r} is not in the store: fetch the model first")
-    if isinstance(found, bytes):
-        flat = np.frombuffer(found, dtype)
-    else:
-        flat = map_range(*found, ref.size_bytes).view(dtype)
-    return flat.reshape(tensor.shape)
+def load_tensor(store: Store, manifest: Manifest, tensor: NamedTensor) -> Array:
+    """Return one tensor of a model, as `load_tensors` does."""
+    return Loader(store, manifest).load(tensor)
 
 
-def map_range(path: Path, offset: int, size_bytes: int) -> NDArray[np.uint8]:
-    """Map a byte range of a file, read-only; returns uint8 of shape ``(size_bytes,)``."""
-    start = offset - offset % mmap.ALLOCATIONGRANULARITY
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+class Loader:
+    """Makes arrays of a model's tensors; an adopted file is mapped once for all of its own.
+
+    Parameters
+    ----------
+    store : Store
+        A store that has the tensors, whole.
+    manifest : Manifest
+        The model.
+    """
+
+    def __init__(self, store: Store, manifest: Manifest) -> None:
+        self._store = store
+        self._manifest = manifest
+        self._adopted: dict[Path, mmap.mmap] = {}
+        self._map_count = 0
+
+    def load(self, tensor: NamedTensor) -> Array:
+        """Return one tensor.
+
+        Raises
+        ------
+        BadInput, StoreDamaged
+            As for `load_tensors`.
+        """
+        dtype = numpy_dtype(tensor.dtype)
+        if math.prod(tensor.shape) == 0:
+            empty = np.empty(tensor.shape, dtype)
+            empty.flags.writeable = False
+            return empty
+        ref = self._manifest.objects[tensor.object_index]
+        reader = self._store.open_whole(ref.digest)
+        if reader is None:
+            raise StoreDamaged(f"tensor {tensor.name!r} is not in the store: fetch the model first")
         try:
-            mapped = mmap.mmap(
-                descriptor, offset - start + size_bytes, access=mmap.ACCESS_READ, offset=start
-            )
+            if reader.size_bytes != ref.size_bytes:
+                raise StoreDamaged(f"tensor {tensor.name!r} has another size than the model says")
+            if isinstance(reader, InlineReader):
+                flat = np.frombuffer(reader.data, np.uint8)
+            else:
+                flat = self._bytes_of(reader)
+        except (OSError, ValueError) as error:
+            raise StoreDamaged(f"tensor {tensor.name!r}: cannot be mapped: {error}") from error
         finally:
-            os.close(descriptor)
-    except (OSError, ValueError) as error:
-        raise StoreDamaged(f"{path}: cannot be mapped: {error}") from error
-    return np.frombuffer(mapped, np.uint8, count=size_bytes, offset=offset - start)
+            reader.close()
+        return flat.view(dtype).reshape(tensor.shape)
+
+    def _bytes_of(self, reader: FileReader) -> NDArray[np.uint8]:
+        """Return an object's bytes, mapped; copied when there are too many maps already."""
+        mapped = self._adopted.get(reader.path)
+        if mapped is None:
+            if self._map_count >= MAX_MAPS:
+                return np.frombuffer(bytes(read_all(reader)), np.uint8)
+            mapped = mmap.mmap(reader.descriptor, 0, access=mmap.ACCESS_READ)
+            self._map_count += 1
+            if reader.is_adopted:
+                self._adopted[reader.path] = mapped
+        reader.confirm()  # the file that was mapped is the one that was hashed
+        return np.frombuffer(mapped, np.uint8, count=reader.size_bytes, offset=reader.start)

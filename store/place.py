@@ -5,21 +5,29 @@ Layout of a store directory::
     index.db            the index (SQLite, WAL)
     objects/ab/abcd…    whole objects, one write-once file each, named by digest
     partial/abcd…-ef…   objects in progress: digest, and the start of the chunk list's digest
-    tmp/                files being written; whatever lies there is rubbish after a crash
+    tmp/<session>.<n>   files being written
+    tmp/<session>.lock  locked while the session that writes them lives
 
 A name here is always made from a digest, never from anything a person or a peer
 wrote. Errors of the operating system that mean "full" become `NoRoom`.
+
+A *session* is one open store. Whether its files in ``tmp`` are still wanted is told
+by its lock, not by its process id: ids are used again, and processes in containers do
+not see each other's.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import itertools
 import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from .digest import DIGEST_SIZE
 from .errors import LocalError, NoRoom
 
 FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -54,9 +62,19 @@ class Place:
         self.objects = root / "objects"
         self.partial = root / "partial"
         self.tmp = root / "tmp"
+        self._numbers = itertools.count()
         with disk_errors(f"cannot make the store directory {root}"):
             for folder in (root, self.objects, self.partial, self.tmp):
                 folder.mkdir(parents=True, exist_ok=True)
+            self._session, self._lock = _begin_session(self.tmp)
+
+    def close(self) -> None:
+        """End the session: what is left of it in ``tmp`` is rubbish from now on."""
+        if self._lock >= 0:
+            with contextlib.suppress(OSError):  # whoever opens the store next removes it
+                _lock_path(self.tmp, self._session).unlink()
+            os.close(self._lock)
+            self._lock = -1
 
     def object_path(self, digest: bytes) -> Path:
         """Return where a whole object's file is."""
@@ -64,12 +82,29 @@ class Place:
         return self.objects / name[:2] / name
 
     def partial_path(self, digest: bytes, chunk_list: bytes) -> Path:
-        """Return where an object in progress is; lists that differ never share a file."""
-        return self.partial / f"{digest.hex()}-{chunk_list[:8].hex() or 'whole'}"
+        """Return where an object in progress is, given its chunk list's digest.
+
+        Lists that differ do not share a file.
+        """
+        return self.partial / f"{digest.hex()}-{chunk_list[:8].hex()}"
+
+    def partial_files(self) -> Iterator[tuple[Path, bytes]]:
+        """Yield the files of objects in progress, with the objects' digests."""
+        for path in self.partial.iterdir():
+            try:
+                digest = bytes.fromhex(path.name.partition("-")[0])
+            except ValueError:
+                continue  # not ours
+            if len(digest) == DIGEST_SIZE:
+                yield path, digest
+
+    def unique_name(self) -> str:
+        """Return a name that no other call, in any process, will return."""
+        return f"{self._session}.{next(self._numbers)}"
 
     def temporary(self) -> Path:
         """Return a fresh name in the store's own tmp folder."""
-        return self.tmp / f"{os.getpid()}-{uuid.uuid4().hex}"
+        return self.tmp / self.unique_name()
 
     def promote(self, source: Path, digest: bytes) -> Path:
         """Rename a complete, verified file to its object's place."""
@@ -82,6 +117,70 @@ class Place:
         """Return how many bytes an ordinary user may still write here."""
         stat = os.statvfs(self.root)
         return stat.f_bavail * stat.f_frsize
+
+    def clear_tmp(self) -> None:
+        """Remove the temporary files of sessions that ended without removing them."""
+        names = [path.name for path in self.tmp.iterdir()]
+        for session in {name.partition(".")[0] for name in names} - {self._session}:
+            with _if_ended(_lock_path(self.tmp, session)) as ended:
+                if not ended:
+                    continue
+                for name in names:
+                    if name.partition(".")[0] == session and not name.endswith(_LOCK_SUFFIX):
+                        remove_file(self.tmp / name)
+
+
+_LOCK_SUFFIX = ".lock"
+
+
+def _lock_path(folder: Path, session: str) -> Path:
+    return folder / f"{session}{_LOCK_SUFFIX}"
+
+
+def _begin_session(folder: Path) -> tuple[str, int]:
+    """Return a new session's name and the descriptor of its locked file."""
+    while True:
+        session = uuid.uuid4().hex
+        path = _lock_path(folder, session)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.stat().st_ino == os.fstat(descriptor).st_ino:
+                return session, descriptor
+        except (BlockingIOError, FileNotFoundError):
+            pass  # another process took the file for a leftover before it was locked
+        except OSError:
+            return session, descriptor  # no locks here: then nobody finds ours unlocked
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _if_ended(lock: Path) -> Iterator[bool]:
+    """Tell whether a session has ended; if so, its lock file is gone afterwards."""
+    try:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield True  # a session makes its lock first and removes it last
+        return
+    except OSError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False  # it lives; or there are no locks here, and nobody can tell
+            return
+        yield True
+        remove_file(lock)
+    finally:
+        os.close(descriptor)
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file if it is there and can be removed; what is left costs only room."""
+    with contextlib.suppress(FileNotFoundError, IsADirectoryError, PermissionError):
+        path.unlink()
 
 
 def sync_file(path: Path) -> bool:
@@ -127,6 +226,22 @@ def write_fully(descriptor: int, offset: int, view: memoryview) -> None:
     written = 0
     while written < len(view):
         written += os.pwrite(descriptor, view[written:], offset + written)
+
+
+def write_file(path: Path, data: bytes | memoryview) -> None:
+    """Write a new file; nothing is left of it when that fails.
+
+    Raises
+    ------
+    NoRoom, LocalError
+        The disk is full, or does not take it.
+    """
+    try:
+        with disk_errors("cannot write to the store"):
+            path.write_bytes(data)
+    except BaseException:
+        remove_file(path)
+        raise
 
 
 def boot_identity() -> str:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 from . import bitmap
-from .digest import CHUNK_SIZE, chunk_count
+from .digest import CHUNK_SIZE
 from .place import read_exactly
 
 
@@ -45,7 +46,7 @@ class InlineReader:
     """An object whose bytes are in memory, as small ones from the index are."""
 
     def __init__(self, data: bytes) -> None:
-        self._data = memoryview(data)
+        self.data = data
         self.size_bytes = len(data)
 
     def covers(self, offset: int, length: int) -> bool:
@@ -56,7 +57,7 @@ class InlineReader:
         """Fill `view` from memory."""
         if not self.covers(offset, len(view)):
             raise OSError(errno.EINVAL, "range outside the object")
-        view[:] = self._data[offset : offset + len(view)]
+        view[:] = self.data[offset : offset + len(view)]
 
     def close(self) -> None:
         """Nothing to give back."""
@@ -75,20 +76,58 @@ class FileReader:
         The object's size.
     proved : bytes or None
         Bitmap of the proved chunks; None when all of it is proved.
+    is_unchanged : callable or None
+        Tells from the file's status whether it is still the one that was hashed. Asked
+        when the file is opened and after every read; None for files of the store.
+
+    Attributes
+    ----------
+    descriptor : int
+        The open file, negative once closed.
 
     Raises
     ------
     OSError
-        The file cannot be opened.
+        The file cannot be opened, or is not the one that was hashed (ESTALE).
     """
 
+    descriptor = -1
+
     def __init__(
-        self, path: Path, start: int, size_bytes: int, proved: bytes | None = None
+        self,
+        path: Path,
+        start: int,
+        size_bytes: int,
+        proved: bytes | None = None,
+        is_unchanged: Callable[[os.stat_result], bool] | None = None,
     ) -> None:
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self._start = start
-        self._proved = proved
+        self.path = path
+        self.start = start
         self.size_bytes = size_bytes
+        self._proved = proved
+        self._is_unchanged = is_unchanged
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            self.confirm()
+        except OSError:
+            self.close()
+            raise
+
+    @property
+    def is_adopted(self) -> bool:
+        """Whether the file is the user's own."""
+        return self._is_unchanged is not None
+
+    def confirm(self) -> None:
+        """Return if what was read or mapped so far is what was once hashed.
+
+        Raises
+        ------
+        OSError
+            ESTALE: the file was changed since.
+        """
+        if self._is_unchanged is not None and not self._is_unchanged(os.fstat(self.descriptor)):
+            raise OSError(errno.ESTALE, "the file was changed since it was added")
 
     def covers(self, offset: int, length: int) -> bool:
         """Tell whether every chunk that the range touches is proved."""
@@ -103,13 +142,14 @@ class FileReader:
         """Fill `view` from the file."""
         if not self.covers(offset, len(view)):
             raise OSError(errno.EINVAL, "range not proved")
-        read_exactly(self._descriptor, self._start + offset, view)
+        read_exactly(self.descriptor, self.start + offset, view)
+        self.confirm()
 
     def close(self) -> None:
         """Close the file."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
 
     def __del__(self) -> None:
         self.close()
@@ -120,8 +160,3 @@ def read_all(reader: ObjectReader) -> bytearray:
     data = bytearray(reader.size_bytes)
     reader.read_into(0, memoryview(data))
     return data
-
-
-def is_whole(proved: bytes, size_bytes: int) -> bool:
-    """Tell whether a bitmap says that every chunk is proved."""
-    return bitmap.count_set(proved) == chunk_count(size_bytes)

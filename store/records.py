@@ -1,20 +1,34 @@
 """Rows of the index as values: objects, and files of the user's that are adopted.
 
-An adopted file is trusted while its size, modification time and inode are those
-noted when its ranges were hashed. When they differ, nothing in it is trusted:
-its rows go, and what is wanted again must be hashed or fetched again.
+An adopted file is trusted while its size, modification time, change time and inode
+are those noted when its ranges were hashed. When they differ, nothing in it is given
+out: its objects count as absent until they are hashed again, which happens when the
+store is opened next or the file is added again. A file that vanished may come back (a
+disk that is mounted later), so its rows stay.
+
+The change time is there because it cannot be set back: a program that writes a file
+and then restores its modification time would go unnoticed otherwise.
 """
 
 from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
 
-from .index import Index
+from .digest import EMPTY_DIGEST
+from .index import Index, in_parts
+from .reader import FileReader
+
+CLOCK_TICK_S = 0.02
+"""How coarse a file system's clock may be: 10 ms at 100 Hz, with room."""
+
+COARSE_CLOCK_TICK_S = 2.0
+"""The same where file times are whole seconds (FAT has two)."""
 
 
 class ObjectPlace(IntEnum):
@@ -35,11 +49,9 @@ class ObjectRecord(NamedTuple):
     size_bytes : int
         Its size.
     place : ObjectPlace
-        Which of the following fields count.
-    data : bytes
-        The bytes, when inline.
+        Where its bytes are; only for ADOPTED the next two count.
     file_id : int
-        The adopted file, when adopted.
+        The adopted file.
     file_offset : int
         Offset of the first byte in the adopted file.
     chunk_list : bytes
@@ -49,10 +61,47 @@ class ObjectRecord(NamedTuple):
     digest: bytes
     size_bytes: int
     place: ObjectPlace
-    data: bytes
     file_id: int
     file_offset: int
     chunk_list: bytes
+
+
+EMPTY_RECORD = ObjectRecord(EMPTY_DIGEST, 0, ObjectPlace.INLINE, 0, 0, b"")
+"""The object of no bytes, which every store has."""
+
+
+class NewObject(NamedTuple):
+    """A verified object on its way into the index.
+
+    Attributes
+    ----------
+    digest, size_bytes, chunk_list
+        As in `ObjectRecord`.
+    head : int
+        See `head_of`.
+    added_by : str or None
+        Name of the `add` that takes the object away again if it fails.
+    """
+
+    digest: bytes
+    size_bytes: int
+    chunk_list: bytes
+    head: int
+    added_by: str | None = None
+
+
+class FileState(NamedTuple):
+    """What tells whether a file is still the one that was hashed."""
+
+    size_bytes: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, stat: os.stat_result) -> FileState:
+        """Return the state in a file's status."""
+        return cls(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
 
 
 class AdoptedFile(NamedTuple):
@@ -60,44 +109,83 @@ class AdoptedFile(NamedTuple):
 
     file_id: int
     path: Path
-    size_bytes: int
-    mtime_ns: int
-    inode: int
+    state: FileState
+
+    def is_unchanged(self) -> bool:
+        """Tell whether the file is there and in the noted state."""
+        try:
+            return FileState.of(os.stat(self.path)) == self.state
+        except OSError:
+            return False
+
+
+def head_of(digest: bytes, chunk_list: bytes) -> int:
+    """Return a number made from an object's first chunk.
+
+    If no object in the store has it, a file's range that begins with this chunk is
+    surely new, which is known before the rest of it was read.
+    """
+    return int.from_bytes((chunk_list or digest)[:8], "little", signed=True)
 
 
 def select_objects(index: Index, digests: Sequence[bytes]) -> dict[bytes, ObjectRecord]:
-    """Return the records of the whole objects among `digests`."""
+    """Return the rows of the whole objects among `digests`, stale ones included."""
     rows = index.query_keys(
-        "SELECT digest, size, place, data, file_id, file_offset, chunk_list "
+        "SELECT digest, size, place, file_id, file_offset, chunk_list "
         "FROM objects WHERE digest IN ({keys})",
         digests,
     )
     return {
-        row[0]: ObjectRecord(
-            row[0], row[1], ObjectPlace(row[2]), row[3] or b"", row[4] or 0, row[5] or 0, row[6]
-        )
+        row[0]: ObjectRecord(row[0], row[1], ObjectPlace(row[2]), row[3] or 0, row[4] or 0, row[5])
         for row in rows
     }
 
 
-def insert_object(db: sqlite3.Connection, record: ObjectRecord, boot: str | None) -> None:
-    """Insert an object; one that is here already stays as it is."""
-    inline = record.place is ObjectPlace.INLINE
-    adopted = record.place is ObjectPlace.ADOPTED
+def insert_object(
+    db: sqlite3.Connection,
+    new: NewObject,
+    place: ObjectPlace,
+    *,
+    data: bytes | None = None,
+    file_id: int | None = None,
+    file_offset: int | None = None,
+    boot: str | None = None,
+) -> None:
+    """Insert a verified object, and drop the notes on what was proved of it in part.
+
+    One that is in the index or has a file of its own stays as it is; one in an adopted
+    file is replaced, since that file may have changed. A file that takes the place of
+    a lost one is not durable yet.
+    """
     db.execute(
-        "INSERT INTO objects(digest, size, place, data, file_id, file_offset, chunk_list, boot) "
-        "VALUES(?,?,?,?,?,?,?,?) ON CONFLICT(digest) DO NOTHING",
+        "INSERT INTO objects(digest, size, place, data, file_id, file_offset, chunk_list, "
+        "head, boot, added_by) VALUES(?,?,?,?,?,?,?,?,?,?) ON CONFLICT(digest) DO UPDATE SET "
+        "size=excluded.size, place=excluded.place, data=excluded.data, "
+        "file_id=excluded.file_id, file_offset=excluded.file_offset, "
+        "chunk_list=excluded.chunk_list, boot=excluded.boot, added_by=excluded.added_by "
+        "WHERE objects.place=2 OR (objects.place=1 AND excluded.place=1)",
         (
-            record.digest,
-            record.size_bytes,
-            int(record.place),
-            record.data if inline else None,
-            record.file_id if adopted else None,
-            record.file_offset if adopted else None,
-            record.chunk_list,
+            new.digest,
+            new.size_bytes,
+            int(place),
+            data,
+            file_id,
+            file_offset,
+            new.chunk_list,
+            new.head,
             boot,
+            new.added_by,
         ),
     )
+    db.execute("DELETE FROM partials WHERE digest=?", (new.digest,))
+
+
+def present(db: sqlite3.Connection, digests: Sequence[bytes]) -> set[bytes]:
+    """Return which of `digests` have a row, inside a transaction."""
+    found: set[bytes] = set()
+    for part, sql in in_parts("SELECT digest FROM objects WHERE digest IN ({keys})", digests):
+        found.update(row[0] for row in db.execute(sql, part))
+    return found
 
 
 class AdoptedFiles:
@@ -106,46 +194,87 @@ class AdoptedFiles:
     def __init__(self, index: Index) -> None:
         self._index = index
 
-    def register(self, path: Path) -> AdoptedFile:
-        """Note a file's present state; ranges of an earlier state are dropped.
-
-        Raises
-        ------
-        OSError
-            The file cannot be examined.
-        """
-        stat = path.stat()
-
-        def operation(db: sqlite3.Connection) -> AdoptedFile:
-            state = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
-            row = db.execute(
-                "SELECT id, size, mtime_ns, inode FROM adopted_files WHERE path=?", (str(path),)
-            ).fetchone()
-            if row and tuple(row[1:]) == state:
-                return AdoptedFile(row[0], path, *state)
-            if row:
-                db.execute("DELETE FROM objects WHERE file_id=?", (row[0],))
-                db.execute("DELETE FROM adopted_files WHERE id=?", (row[0],))
-            cursor = db.execute(
-                "INSERT INTO adopted_files(path, size, mtime_ns, inode) VALUES(?,?,?,?)",
-                (str(path), *state),
-            )
-            return AdoptedFile(int(cursor.lastrowid or 0), path, *state)
-
-        return self._index.write(operation)
-
-    def path_if_unchanged(self, record: ObjectRecord) -> Path | None:
-        """Return the file an object lies in, or None if it changed or vanished."""
+    def all(self) -> list[AdoptedFile]:
+        """Return every adopted file."""
         rows = self._index.query(
-            "SELECT path, size, mtime_ns, inode FROM adopted_files WHERE id=?", (record.file_id,)
+            "SELECT id, path, size, mtime_ns, ctime_ns, inode FROM adopted_files"
         )
-        if not rows:
+        return [_adopted_file(row) for row in rows]
+
+    def get(self, file_id: int) -> AdoptedFile | None:
+        """Return one adopted file."""
+        rows = self._index.query(
+            "SELECT id, path, size, mtime_ns, ctime_ns, inode FROM adopted_files WHERE id=?",
+            (file_id,),
+        )
+        return _adopted_file(rows[0]) if rows else None
+
+    def unchanged(self, file_ids: Iterable[int]) -> set[int]:
+        """Return which files are as they were when they were hashed; one look at each."""
+        files = (self.get(file_id) for file_id in set(file_ids))
+        return {file.file_id for file in files if file is not None and file.is_unchanged()}
+
+    def open(self, record: ObjectRecord) -> FileReader | None:
+        """Open an object in an adopted file, or return None if the file is not as it was."""
+        file = self.get(record.file_id)
+        if file is None:
             return None
-        path = Path(rows[0][0])
+        state = file.state
         try:
-            stat = os.stat(path)
+            return FileReader(
+                file.path,
+                record.file_offset,
+                record.size_bytes,
+                is_unchanged=lambda stat: FileState.of(stat) == state,
+            )
         except OSError:
-            return None
-        if (stat.st_size, stat.st_mtime_ns, stat.st_ino) != tuple(rows[0][1:]):
-            return None
-        return path
+            return None  # changed, gone, or no longer ours to read
+
+
+def _adopted_file(row: tuple[int, bytes, int, int, int, int]) -> AdoptedFile:
+    return AdoptedFile(row[0], Path(os.fsdecode(row[1])), FileState(*row[2:]))
+
+
+def note_file(db: sqlite3.Connection, path: Path, state: FileState) -> int:
+    """Note an adopted file's state; ranges noted for an earlier state are dropped.
+
+    Returns
+    -------
+    int
+        Its id.
+    """
+    name = os.fsencode(path)
+    row = db.execute(
+        "SELECT id, path, size, mtime_ns, ctime_ns, inode FROM adopted_files WHERE path=?", (name,)
+    ).fetchone()
+    if row and _adopted_file(row).state == state:
+        return int(row[0])
+    if row:
+        db.execute("DELETE FROM objects WHERE file_id=?", (row[0],))
+        db.execute("DELETE FROM adopted_files WHERE id=?", (row[0],))
+    cursor = db.execute(
+        "INSERT INTO adopted_files(path, size, mtime_ns, ctime_ns, inode) VALUES(?,?,?,?,?)",
+        (name, *state),
+    )
+    return int(cursor.lastrowid or 0)
+
+
+def drop_unused_files(db: sqlite3.Connection) -> None:
+    """Forget adopted files of which no range is left."""
+    db.execute(
+        "DELETE FROM adopted_files WHERE NOT EXISTS "
+        "(SELECT 1 FROM objects WHERE objects.file_id = adopted_files.id)"
+    )
+
+
+def wait_for_clock(state: FileState) -> None:
+    """Return once the file system's clock has moved on since a file's last change.
+
+    A file may be changed twice within one tick, and show the same times for both. After
+    the wait every change shows.
+    """
+    coarse = state.ctime_ns % 1_000_000_000 == 0
+    tick_s = COARSE_CLOCK_TICK_S if coarse else CLOCK_TICK_S
+    age_s = (time.time_ns() - state.ctime_ns) / 1e9
+    if 0 <= age_s < tick_s:
+        time.sleep(tick_s - age_s)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tensorswarm.store.version import VERSION as __version__  # noqa: N811
 
     from .api import add, default_store, fetch, load
+    from .streaming import stream
 
 __all__ = [
     "Node",
@@ -33,6 +34,7 @@ __all__ = [
     "default_store",
     "fetch",
     "load",
+    "stream",
 ]
 
 _HOMES = {
@@ -44,6 +46,7 @@ _HOMES = {
     "default_store": ("tensorswarm.api", "default_store"),
     "fetch": ("tensorswarm.api", "fetch"),
     "load": ("tensorswarm.api", "load"),
+    "stream": ("tensorswarm.streaming", "stream"),
 }
 
 

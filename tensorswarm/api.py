@@ -213,6 +213,7 @@ def fetch_into(
     bootstrap: Sequence[str] = (),
     origins: Sequence[str] = (),
     include: Sequence[str] = (),
+    first: Sequence[str] = (),
     out: Path | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
     on_progress: Progress | None = None,
@@ -227,7 +228,7 @@ def fetch_into(
     result = local_result(store, ref, include)
     if result is None:
         result = _fetch_from_network(
-            store, ref, bootstrap, origins, include, timeout_s, on_progress
+            store, ref, bootstrap, origins, include, first, timeout_s, on_progress
         )
     if out is not None:
         result.path = export_result(store, result, include, out)
@@ -253,6 +254,7 @@ def _fetch_from_network(
     bootstrap: Sequence[str],
     origins: Sequence[str],
     include: Sequence[str],
+    first: Sequence[str],
     timeout_s: float,
     on_progress: Progress | None,
 ) -> FetchResult:
@@ -264,6 +266,7 @@ def _fetch_from_network(
     options = FetchOptions(
         origins=tuple(origins),
         include=tuple(include),
+        first=tuple(first),
         timeout_s=timeout_s,
         on_progress=on_progress or (lambda done, total: None),
     )

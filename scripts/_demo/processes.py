@@ -199,8 +199,7 @@ class Processes:
 
     def tensorswarm(self, name: str, *arguments: str) -> Process:
         """Start the command `tensorswarm`, with its answer as JSON."""
-        program = str(Path(sys.executable).with_name("tensorswarm"))
-        return self.start(name, [program, *arguments, "--json"])
+        return self.python(name, "tensorswarm", *arguments, "--json")
 
     def python(self, name: str, module: str, *arguments: str) -> Process:
         """Start a module of this project."""

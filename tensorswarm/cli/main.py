@@ -146,6 +146,13 @@ def _add_network_commands(
         help="an HTTP server that holds the model's files",
     )
     _add_include(sub)
+    sub.add_argument(
+        "--first",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="these files or tensors before all others",
+    )
     sub.add_argument("--out", type=Path, metavar="DIR", help="export the files there")
     _add_timeout(sub)
     sub = command("peers", commands.peers, "show the peers that can be reached", network)
@@ -203,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         handler: Handler = args.handler
         return handler(args, output)
     except KeyboardInterrupt:
-        output.note("interrupted; what was verified is kept")
+        output.error("interrupted; what was verified is kept", INTERRUPTED)
         return INTERRUPTED
     except BrokenPipeError:
         with contextlib.suppress(OSError):
@@ -232,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _group_failed(group: BaseExceptionGroup[BaseException], output: Output) -> int:
     """Report errors that came out of several tasks at once: ours first."""
     if group.subgroup(KeyboardInterrupt) is not None:
-        output.note("interrupted; what was verified is kept")
+        output.error("interrupted; what was verified is kept", INTERRUPTED)
         return INTERRUPTED
     ours = group.subgroup(TensorswarmError)
     error: BaseException = ours if ours is not None else group

@@ -37,6 +37,7 @@ def fetch(args: argparse.Namespace, output: Output) -> int:
                 bootstrap=args.bootstrap,
                 origins=args.origin,
                 include=args.include,
+                first=args.first,
                 timeout_s=args.timeout,
                 on_progress=show,
             )

@@ -75,7 +75,8 @@ class Output:
             table.add_row(*row)
         console = Console(highlight=False, soft_wrap=False, markup=False)
         if not console.is_terminal:
-            console = Console(highlight=False, markup=False, width=160)
+            # Whoever reads a pipe wants whole lines.
+            console = Console(highlight=False, markup=False, width=10_000)
         console.print(table)
 
     @contextmanager

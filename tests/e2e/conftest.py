@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.model_files import make_random_model
-from tests.support.swarm_processes import Node, Processes
+from tests.support.swarm_processes import Completed, Node, Processes
 
 MIB = 1 << 20
 
@@ -37,8 +38,25 @@ class Model:
 
 def add(processes: Processes, folder: Path, store: Path, *arguments: str) -> Model:
     """Add a folder's files to a store, by the command line."""
-    document = processes.run("add", folder, "--store", store, "--json", *arguments).document
+    completed = processes.run("add", folder, "--store", store, "--json", *arguments)
+    assert completed.exit_code == 0, completed
+    document = completed.document
     return Model(folder, store, document["model"], document["bytes"])
+
+
+def copy_of(model: Model, store: Path) -> Path:
+    """Return another store with the same content, for another node."""
+    shutil.copytree(model.store, store, ignore=shutil.ignore_patterns("identity.*", "node.json"))
+    return store
+
+
+def assert_one_error(completed: Completed, exit_code: int) -> None:
+    """Check how a command failed: one document, one line for people, no traceback."""
+    assert completed.exit_code == exit_code, completed
+    assert completed.document["exit_code"] == exit_code
+    assert completed.document["error"]
+    assert completed.stderr.count("\n") == 1, completed
+    assert completed.stderr.startswith("tensorswarm: error: ")
 
 
 @pytest.fixture

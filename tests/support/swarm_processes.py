@@ -224,7 +224,9 @@ class Command(Process):
         """Wait until it has ended."""
         exit_code = self.wait_exit(timeout_s)
         seconds = time.monotonic() - self.started_at
-        out, err = ("".join(f"{line}\n" for line in s.wait_end()) for s in (self.stdout, self.stderr))
+        out, err = (
+            "".join(f"{line}\n" for line in s.wait_end()) for s in (self.stdout, self.stderr)
+        )
         return Completed(self.arguments, exit_code, out, err, seconds)
 
 
@@ -323,6 +325,17 @@ class Nginx(Process):
     def log(self) -> list[LoggedRequest]:
         """Return the requests that have ended so far."""
         return [parse_log_line(line) for line in self.stdout.all()]
+
+    def wait_served(self, byte_count: int) -> None:
+        """Wait until requests that have ended took so many bytes together."""
+        served = 0
+
+        def enough(line: str) -> bool:
+            nonlocal served
+            served += parse_log_line(line).body_bytes
+            return served >= byte_count
+
+        self.wait_line(enough)
 
     def stop(self) -> list[LoggedRequest]:
         """End it once its requests have ended; return its whole access log."""

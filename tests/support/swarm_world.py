@@ -60,11 +60,17 @@ class SimulatedSource:
 
 @dataclass(eq=False)
 class Worker:
-    """A source's side of one connection."""
+    """A source's side of one connection.
+
+    `asked` is what the planner still expects. `on_the_way` is what may still come: a
+    cancelled request stays in it until the source is done with it, because a cancel
+    takes nothing back that is sent already.
+    """
 
     source: SimulatedSource
     queue: deque[tuple[float, Request]] = field(default_factory=deque)
     asked: dict[int, set[Chunk]] = field(default_factory=dict)
+    on_the_way: dict[int, set[Chunk]] = field(default_factory=dict)
     cancelled: set[int] = field(default_factory=set)
     is_busy: bool = False
     is_open: bool = True
@@ -217,7 +223,7 @@ class SwarmWorld:
             holders = [
                 name
                 for name, other in self.workers.items()
-                if any(chunk in asked for asked in other.asked.values())
+                if any(chunk in chunks for chunks in other.on_the_way.values())
             ]
             assert request.source not in holders, "asked twice of the same source"
             assert len(holders) < self.limits.max_copies
@@ -258,6 +264,7 @@ class SwarmWorld:
     def _submit(self, request: Request) -> None:
         worker = self.workers[request.source]
         worker.asked[request.request_id] = set(self.chunks_of(request))
+        worker.on_the_way[request.request_id] = set(self.chunks_of(request))
         worker.queue.append((self.now + worker.source.latency_s, request))
         self.asks.append((self.now, request))
         if not worker.is_busy:
@@ -278,12 +285,14 @@ class SwarmWorld:
         is_cancelled = request_id in worker.cancelled
         if not is_cancelled and todo and not worker.source.has(todo[0]):
             worker.asked.pop(request_id, None)
+            del worker.on_the_way[request_id]
             self.planner.request_failed(self.now, name, request_id, Failure.LACKS)
             self._serve_next(worker)
         elif todo and not is_cancelled:
             self._send(worker, request, todo, self.length(todo[0]))
         else:
             worker.asked.pop(request_id, None)
+            del worker.on_the_way[request_id]
             self.planner.request_done(self.now, name, request_id)
             self._serve_next(worker)
 
@@ -312,6 +321,7 @@ class SwarmWorld:
     def _finish_chunk(self, worker: Worker, request: Request, chunk: Chunk) -> None:
         name, size = worker.source.name, self.length(chunk)
         worker.asked.get(request.request_id, set()).discard(chunk)
+        worker.on_the_way[request.request_id].discard(chunk)
         if chunk in worker.source.lies:
             self.planner.chunk_refused(self.now, name, *chunk)
         elif chunk in self.proved:

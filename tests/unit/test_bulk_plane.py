@@ -134,8 +134,18 @@ def test_what_is_not_there_or_not_proved_is_lacking() -> None:
             connection.send_get(digest, offset, length)
             with pytest.raises(Lacks, match=f"{offset}-{offset + length - 1} of .*{digest.hex()}"):
                 connection.read_head()
-        shelf.proved[OBJECT.digest] = frozenset({1, 2})  # what came since is served
-        fetch(connection, OBJECT.digest, CHUNK_SIZE, 2 * CHUNK_SIZE)
+        connection.close()
+
+
+def test_what_was_proved_since_a_reader_was_opened_is_served() -> None:
+    shelf = MemoryShelf(OBJECT)
+    shelf.proved[OBJECT.digest] = frozenset({1})
+    with bulk_server(shelf) as server:
+        connection = connect(server)
+        fetch(connection, OBJECT.digest, CHUNK_SIZE, 5)
+        shelf.proved[OBJECT.digest] = frozenset({1, 2})
+        both = fetch(connection, OBJECT.digest, CHUNK_SIZE, 2 * CHUNK_SIZE)
+        assert both == OBJECT.data[CHUNK_SIZE : 3 * CHUNK_SIZE]
         connection.close()
 
 

@@ -41,7 +41,7 @@ def messages_in(data: bytes, piece_bytes: int) -> list[Message]:
 def test_messages_come_out_as_they_went_in_however_they_are_cut(
     keys: list[bytes], piece_bytes: int
 ) -> None:
-    got = messages_in(b"".join(map(find_node, keys)), piece_bytes)
+    got = messages_in(b"".join(find_node(key).data for key in keys), piece_bytes)
     assert [message.key for message in got] == keys
     assert all(message.type == Message.MessageType.FIND_NODE for message in got)
 
@@ -53,7 +53,7 @@ def test_an_announcement_names_the_provider() -> None:
     assert message.key == b"key"
     assert [(peer.id, list(peer.addrs)) for peer in message.providerPeers] == [(RAW_ID, [addr])]
     assert not message.HasField("senderRecord")
-    (question,) = messages_in(get_providers(b"key"), 1000)
+    (question,) = messages_in(get_providers(b"key").data, 1000)
     assert (question.type, question.key) == (Message.MessageType.GET_PROVIDERS, b"key")
 
 

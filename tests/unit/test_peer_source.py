@@ -10,7 +10,12 @@ from collections.abc import Callable
 import pytest
 
 from tensorswarm.p2p.bulk_server import BulkServer
-from tensorswarm.p2p.peer_source import MAX_QUEUED_REQUESTS, PeerSource, TooManyRequests
+from tensorswarm.p2p.peer_source import (
+    MAX_QUEUED_REQUESTS,
+    MAX_RANGES_AHEAD,
+    PeerSource,
+    TooManyRequests,
+)
 from tensorswarm.p2p.source import Failure, Outcome, Request, Span
 from tensorswarm.store.digest import CHUNK_SIZE
 from tensorswarm.store.errors import NoRoom
@@ -176,6 +181,18 @@ def test_lacking_bytes_fail_their_request_only() -> None:
     assert report.failures[0][:2] == (1, Failure.LACKS)
     assert "does not have bytes 2097152-" in report.failures[0][2]
     assert sorted(sink.kept) == [(0, 0), (1, 0)]
+
+
+def test_a_request_that_cannot_be_completed_is_not_continued() -> None:
+    smalls = [make_object(10, seed) for seed in range(2 * MAX_RANGES_AHEAD)]
+    sink, report = MemorySink(*smalls), RecordingReport()
+    with bulk_server(MemoryShelf(*smalls[1:])) as server:
+        source = source_of(server, sink, report)
+        source.submit(request(1, *[(number, 0, 1) for number in range(len(smalls))]))
+        assert report.wait_failure()[:2] == (1, Failure.LACKS)
+        end(source)
+        assert server.statistics().requests == MAX_RANGES_AHEAD
+    assert len(sink.kept) == MAX_RANGES_AHEAD - 1
 
 
 def test_altered_bytes_end_the_source() -> None:

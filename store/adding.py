@@ -1,0 +1,229 @@
+"""Putting one model's pieces into the store, and taking them out again on failure.
+
+`Adding` is one call of `add_paths`. Its objects are in the index, and usable, as soon as
+they are verified, under the adding's own name: when it fails, what still bears that name
+goes again. A model that is completed meanwhile takes the objects it needs out of our
+hands, whoever put them there.
+
+What is read is hashed once. A large range is copied while it is hashed if its first
+chunk tells that it is new; otherwise it is hashed first, and mostly turns out to be known.
+Small objects go into the index many at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+
+from .digest import CHUNK_SIZE, digest_of
+from .errors import TensorswarmError
+from .hashing import RangeHasher, chunk_digests
+from .manifest import ObjectRef
+from .objects import INLINE_LIMIT, AdoptedRange
+from .place import COPY_BUFFER_SIZE, disk_errors, remove_file
+from .records import FileState, NewObject, head_of
+from .store import Store
+
+INLINE_BATCH = 500
+"""Small objects that go into the index in one operation, at most."""
+
+INLINE_BATCH_BYTES = 4 << 20
+"""Bytes of small objects that go into the index in one operation, about."""
+
+MAX_PENDING = 16
+"""Operations that may wait for their commit: they hold up to 64 MiB of small objects."""
+
+Progress = Callable[[int], None]
+"""Called with the number of bytes done since the last call."""
+
+
+class Adding:
+    """Objects of one model on their way from files into a store.
+
+    Parameters
+    ----------
+    store : Store
+        Where they go.
+    copy : bool
+        False to register large ranges where they lie.
+    progress : callable
+        Hears of bytes read.
+
+    Attributes
+    ----------
+    name : str
+        The name the objects are put in under.
+    new_bytes : int
+        Bytes of the objects that were new to the store, chunk lists left out.
+    """
+
+    def __init__(self, store: Store, copy: bool, progress: Progress) -> None:
+        self.name = store.place.unique_name()
+        self.new_bytes = 0
+        self._store = store
+        self._copy = copy
+        self._progress = progress
+        self._hasher = RangeHasher()
+        self._refs: dict[bytes, ObjectRef] = {}
+        self._heads: set[int] = set()
+        self._lists: set[bytes] = set()
+        self._attempted: list[bytes] = []
+        self._inline: list[tuple[NewObject, bytes]] = []
+        self._inline_bytes = 0
+        self._ranges: list[AdoptedRange] = []
+        self._pending: deque[Future[None]] = deque()
+
+    def close(self) -> None:
+        """End the thread that hashes."""
+        self._hasher.close()
+
+    def undo(self) -> None:
+        """Take away what was put in, as far as nobody else relies on it by now."""
+        for future in self._pending:
+            future.exception()
+        # What cannot be taken away stays under a name that means nothing, and does no harm;
+        # the error that brought us here says more than a second one.
+        with contextlib.suppress(TensorswarmError):
+            self._store.undo(self.name, self._attempted)
+
+    def forget_what_is_here(self) -> None:
+        """Look at the store again for everything: another `add` took back what we relied on."""
+        self._refs.clear()
+
+    def finish_file(self, path: Path, state: FileState) -> None:
+        """Put the ranges of a file in that was not copied, in the state it was hashed in.
+
+        Raises
+        ------
+        NoRoom, LocalError
+            The index does not take them.
+        """
+        if self._ranges:
+            self._await(self._store.keep_ranges(path, state, self._ranges))
+            self._ranges = []
+
+    def settle(self) -> None:
+        """Return once everything is in the index.
+
+        Raises
+        ------
+        NoRoom, LocalError
+            Something could not be put in.
+        """
+        self._put_inline()
+        while self._pending:
+            self._pending.popleft().result()
+
+    def take(self, descriptor: int, offset: int, size_bytes: int) -> ObjectRef:
+        """Put a range of an open file into the store, unless it is there.
+
+        Raises
+        ------
+        OSError
+            The file cannot be read.
+        NoRoom, LocalError
+            The store does not take it.
+        """
+        if size_bytes <= COPY_BUFFER_SIZE:
+            view = self._hasher.read_small(descriptor, offset, size_bytes)
+            digest = digest_of(view)
+            ref = self._refs.get(digest) or self._take_small(view, digest, offset)
+        else:
+            ref = self._take_large(descriptor, offset, size_bytes)
+        self._refs[ref.digest] = ref
+        self._progress(size_bytes)
+        return ref
+
+    def _take_small(self, view: memoryview, digest: bytes, offset: int) -> ObjectRef:
+        chunk_list = chunk_digests(view) if len(view) > CHUNK_SIZE else b""
+        new = self._new_object(digest, len(view), chunk_list)
+        if len(view) <= INLINE_LIMIT:
+            self._put_inline_later(new, bytes(view))
+        elif not self._is_here(new, chunk_list):
+            if self._copy:
+                self._attempted.append(digest)
+                self._await(self._store.keep_bytes(new, view))
+            else:
+                self._ranges.append(AdoptedRange(new, offset))
+        return ObjectRef(digest, len(view), new.chunk_list)
+
+    def _take_large(self, descriptor: int, offset: int, size_bytes: int) -> ObjectRef:
+        head = head_of(digest_of(self._hasher.read_small(descriptor, offset, CHUNK_SIZE)), b"")
+        may_be_known = head in self._heads or self._store.may_have(head)
+        self._heads.add(head)
+        if may_be_known or not self._copy:
+            digest, chunk_list = self._hasher.scan(descriptor, offset, size_bytes)
+            new = self._new_object(digest, size_bytes, chunk_list)
+            ref = ObjectRef(digest, size_bytes, new.chunk_list)
+            if self._is_here(new, chunk_list):
+                return ref
+            if not self._copy:
+                self._ranges.append(AdoptedRange(new, offset))
+                return ref
+        return self._copy_range(descriptor, offset, size_bytes)
+
+    def _copy_range(self, descriptor: int, offset: int, size_bytes: int) -> ObjectRef:
+        """Copy a range; the object is what was written, even if the file changes."""
+        path = self._store.place.temporary()
+        try:
+            with disk_errors("cannot write to the store"):
+                target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            try:
+                digest, chunk_list = self._hasher.scan(descriptor, offset, size_bytes, target)
+            finally:
+                os.close(target)
+            new = self._new_object(digest, size_bytes, chunk_list)
+            if self._is_here(new, chunk_list):
+                remove_file(path)
+            else:
+                self._attempted.append(digest)
+                self._await(self._store.keep_file(path, new))
+        except BaseException:
+            remove_file(path)
+            raise
+        return ObjectRef(digest, size_bytes, new.chunk_list)
+
+    def _new_object(self, digest: bytes, size_bytes: int, chunk_list: bytes) -> NewObject:
+        list_digest = digest_of(chunk_list) if chunk_list else b""
+        return NewObject(digest, size_bytes, list_digest, head_of(digest, chunk_list), self.name)
+
+    def _is_here(self, new: NewObject, chunk_list: bytes) -> bool:
+        """Tell whether an object is in the store or on its way; put its chunk list there."""
+        if new.digest in self._refs:
+            return True
+        if len(chunk_list) > INLINE_LIMIT:
+            self._store.put_blob(chunk_list, added_by=self.name)
+        elif chunk_list:
+            self._lists.add(new.chunk_list)
+            list_object = self._new_object(new.chunk_list, len(chunk_list), b"")
+            self._put_inline_later(list_object, chunk_list)
+        reader = self._store.open_whole(new.digest)
+        if reader is not None:
+            reader.close()
+            return True
+        self.new_bytes += new.size_bytes
+        return False
+
+    def _put_inline_later(self, new: NewObject, data: bytes) -> None:
+        self._inline.append((new, data))
+        self._inline_bytes += len(data)
+        if len(self._inline) >= INLINE_BATCH or self._inline_bytes >= INLINE_BATCH_BYTES:
+            self._put_inline()
+
+    def _put_inline(self) -> None:
+        batch, self._inline, self._inline_bytes = self._inline, [], 0
+        known = self._store.records([new.digest for new, _ in batch])
+        fresh = [item for item in batch if item[0].digest not in known]
+        if fresh:
+            self.new_bytes += sum(len(data) for new, data in fresh if new.digest not in self._lists)
+            self._await(self._store.keep_inline(fresh))
+
+    def _await(self, future: Future[None]) -> None:
+        """Let an operation go on; wait for the oldest when there are too many."""
+        self._pending.append(future)
+        if len(self._pending) > MAX_PENDING:
+            self._pending.popleft().result()

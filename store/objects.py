@@ -1,0 +1,325 @@
+"""Whole objects: what the store has by digest, and how more gets in.
+
+An object is a row of the index together with its bytes: 64 KiB and less in the row,
+larger ones in a write-once file named by the digest, or in a byte range of a file that
+the user adopted. Who puts an object in has hashed it before.
+
+An object's file is moved to its place, and taken away, inside the transaction that
+changes its row. So no process sees the one without the other, unless it was killed in
+between: a file without a row is rubbish that `add` and `receive` replace or take up, a
+row without its file is dropped by whoever notices.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sqlite3
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import NamedTuple
+
+from .digest import EMPTY_DIGEST, chunk_list_of, digest_of
+from .errors import StoreDamaged
+from .index import Index, in_parts
+from .place import Place, boot_identity, disk_errors, remove_file, write_file
+from .reader import FileReader, InlineReader
+from .records import (
+    EMPTY_RECORD,
+    AdoptedFiles,
+    FileState,
+    NewObject,
+    ObjectPlace,
+    ObjectRecord,
+    drop_unused_files,
+    head_of,
+    insert_object,
+    note_file,
+    present,
+    select_objects,
+)
+
+INLINE_LIMIT = 64 << 10
+"""Objects up to this many bytes live in the index: a file each would cost more than its bytes."""
+
+FORGET_BATCH = 256
+"""Objects dropped in one transaction: their files are removed while it is open."""
+
+
+class AdoptedRange(NamedTuple):
+    """A verified object in an adopted file, and where it begins there."""
+
+    new: NewObject
+    file_offset: int
+
+
+class WholeObjects:
+    """The whole objects of a store directory.
+
+    Parameters
+    ----------
+    root : Path
+        The directory; it is made when missing.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.place = Place(Path(root))
+        try:
+            self.index = Index(self.place.index)
+        except BaseException:
+            self.place.close()
+            raise
+        self.adopted = AdoptedFiles(self.index)
+        self.boot = boot_identity()
+
+    @property
+    def root(self) -> Path:
+        """The store's directory."""
+        return self.place.root
+
+    def close(self) -> None:
+        """Close the index and end the session."""
+        self.index.close()
+        self.place.close()
+
+    # ---- what is here
+
+    def records(self, digests: Sequence[bytes]) -> dict[bytes, ObjectRecord]:
+        """Return the whole objects among `digests`.
+
+        Those in adopted files that changed or vanished are not among them.
+        """
+        found = select_objects(self.index, digests)
+        adopted = [r for r in found.values() if r.place is ObjectPlace.ADOPTED]
+        if adopted:
+            good = self.adopted.unchanged(record.file_id for record in adopted)
+            for record in adopted:
+                if record.file_id not in good:
+                    del found[record.digest]
+        if EMPTY_DIGEST in digests:
+            found[EMPTY_DIGEST] = EMPTY_RECORD
+        return found
+
+    def all_digests(self) -> list[bytes]:
+        """Return the digests of all whole objects, sorted."""
+        rows = self.index.query("SELECT digest, file_id FROM objects ORDER BY digest")
+        good = self.adopted.unchanged(row[1] for row in rows if row[1] is not None)
+        return [digest for digest, file_id in rows if file_id is None or file_id in good]
+
+    def has(self, digest: bytes) -> bool:
+        """Tell whether an object is here, whole."""
+        return bool(self.records([digest]))
+
+    def may_have(self, head: int) -> bool:
+        """Tell whether any object begins with the chunk of which `head` was made."""
+        return bool(self.index.query("SELECT 1 FROM objects WHERE head=? LIMIT 1", (head,)))
+
+    def open_whole(self, digest: bytes) -> InlineReader | FileReader | None:
+        """Open a whole object, or return None if it is not here.
+
+        Raises
+        ------
+        LocalError
+            It is here but cannot be opened now.
+        """
+        record = self.records([digest]).get(digest)
+        if record is None:
+            return None
+        if record.place is ObjectPlace.ADOPTED:
+            return self.adopted.open(record)
+        if record.place is ObjectPlace.FILE:
+            return self._open_file(record)
+        if digest == EMPTY_DIGEST:
+            return InlineReader(b"")
+        rows = self.index.query("SELECT data FROM objects WHERE digest=? AND place=0", (digest,))
+        return InlineReader(rows[0][0]) if rows else None
+
+    def _open_file(self, record: ObjectRecord) -> FileReader | None:
+        path = self.place.object_path(record.digest)
+        with disk_errors(f"cannot open {path}"):
+            if _file_size(path) == record.size_bytes:
+                with contextlib.suppress(FileNotFoundError):  # dropped by another, just now
+                    return FileReader(path, 0, record.size_bytes)
+        self.index.write(lambda db: _drop_dangling(db, record, path))
+        return None
+
+    def get_blob(self, digest: bytes, limit_bytes: int) -> bytes | None:
+        """Return a whole object of at most `limit_bytes` bytes, or None."""
+        reader = self.open_whole(digest)
+        if reader is None:
+            return None
+        try:
+            if reader.size_bytes > limit_bytes:
+                return None
+            data = bytearray(reader.size_bytes)
+            reader.read_into(0, memoryview(data))
+            return bytes(data)
+        except OSError:
+            return None  # it changed under our hands: not here any more
+        finally:
+            reader.close()
+
+    # ---- putting things in
+
+    def put_blob(self, data: bytes, *, added_by: str | None = None) -> bytes:
+        """Keep bytes as an object and return their digest."""
+        digest = digest_of(data)
+        reader = self.open_whole(digest)
+        if reader is not None:
+            reader.close()
+            return digest
+        chunk_list = chunk_list_of(data)
+        list_digest = self.put_blob(chunk_list, added_by=added_by) if chunk_list else b""
+        new = NewObject(digest, len(data), list_digest, head_of(digest, chunk_list), added_by)
+        self.keep_bytes(new, data).result()
+        return digest
+
+    def keep_bytes(self, new: NewObject, data: bytes | memoryview) -> Future[None]:
+        """Put a verified object into the index, or into a file of its own."""
+        if len(data) <= INLINE_LIMIT:
+            return self.keep_inline([(new, bytes(data))])
+        path = self.place.temporary()
+        write_file(path, data)
+        return self.keep_file(path, new)
+
+    def keep_inline(self, objects: Sequence[tuple[NewObject, bytes]]) -> Future[None]:
+        """Put verified small objects into the index."""
+
+        def operation(db: sqlite3.Connection) -> None:
+            for new, data in objects:
+                insert_object(db, new, ObjectPlace.INLINE, data=data)
+
+        return self.index.submit(operation)
+
+    def keep_file(self, path: Path, new: NewObject) -> Future[None]:
+        """Move a verified file to its place and put it into the index."""
+        target = self.place.object_path(new.digest)
+        moved = False
+
+        def operation(db: sqlite3.Connection) -> None:
+            nonlocal moved
+            with disk_errors("cannot keep a tensor"):
+                if _has_file(db, new.digest) and _file_size(target) == new.size_bytes:
+                    path.unlink(missing_ok=True)  # another thread or process was first
+                    return
+                if not moved:
+                    self.place.promote(path, new.digest)
+                    moved = True
+                elif _file_size(target) != new.size_bytes:
+                    raise FileNotFoundError(f"{target} was taken away")
+            insert_object(db, new, ObjectPlace.FILE, boot=self.boot)
+
+        return self.index.submit(operation)
+
+    def keep_found(self, new: NewObject) -> Future[None]:
+        """Put a verified file that lies at its place already into the index."""
+
+        def operation(db: sqlite3.Connection) -> None:
+            with disk_errors("cannot keep a tensor"):
+                if _file_size(self.place.object_path(new.digest)) != new.size_bytes:
+                    raise StoreDamaged(f"{new.digest.hex()}: its file was taken away again")
+            insert_object(db, new, ObjectPlace.FILE, boot=self.boot)
+
+        return self.index.submit(operation)
+
+    def keep_ranges(
+        self, path: Path, state: FileState, ranges: Sequence[AdoptedRange]
+    ) -> Future[None]:
+        """Put verified byte ranges of a user's own file into the index."""
+
+        def operation(db: sqlite3.Connection) -> None:
+            file_id = note_file(db, path, state)
+            for new, file_offset in ranges:
+                insert_object(
+                    db,
+                    new,
+                    ObjectPlace.ADOPTED,
+                    file_id=file_id,
+                    file_offset=file_offset,
+                    boot=self.boot,
+                )
+            drop_unused_files(db)
+
+        return self.index.submit(operation)
+
+    # ---- taking things out
+
+    def forget(self, digests: Sequence[bytes]) -> None:
+        """Drop objects from the index, and their own files from the disk."""
+        for start in range(0, len(digests), FORGET_BATCH):
+            part = digests[start : start + FORGET_BATCH]
+            self.index.write(functools.partial(self._drop, digests=part))
+
+    def undo(self, added_by: str, attempted: Sequence[bytes]) -> None:
+        """Drop what an `add` put in and nobody else has come to rely on.
+
+        Parameters
+        ----------
+        added_by : str
+            The name it put its objects in under.
+        attempted : sequence of bytes
+            The objects it put in or tried to: of those that did not get a row, a file may
+            lie about.
+        """
+
+        def portion(db: sqlite3.Connection) -> int:
+            rows = db.execute(
+                "SELECT digest FROM objects WHERE added_by=? LIMIT ?", (added_by, FORGET_BATCH)
+            ).fetchall()
+            self._drop(db, [row[0] for row in rows])
+            return len(rows)
+
+        while self.index.write(portion):
+            pass  # in portions, for on a full disk a large transaction finds no room
+        for start in range(0, len(attempted), FORGET_BATCH):
+            part = attempted[start : start + FORGET_BATCH]
+            self.index.write(functools.partial(self._remove_orphans, digests=part))
+
+    def _drop(self, db: sqlite3.Connection, digests: Sequence[bytes]) -> None:
+        db.executemany("DELETE FROM objects WHERE digest=?", [(digest,) for digest in digests])
+        drop_unused_files(db)
+        for digest in digests:
+            remove_file(self.place.object_path(digest))
+
+    def _remove_orphans(self, db: sqlite3.Connection, digests: Sequence[bytes]) -> None:
+        for digest in set(digests) - present(db, digests):
+            remove_file(self.place.object_path(digest))
+
+
+def many(sql: str, rows: Sequence[Sequence[object]]) -> Callable[[sqlite3.Connection], object]:
+    """Return the operation that runs one statement for many rows."""
+    return lambda db: db.executemany(sql, rows)
+
+
+def settle(db: sqlite3.Connection, digests: Sequence[bytes]) -> None:
+    """Note that a model relies on objects: no failing `add` takes them away any more."""
+    for part, sql in in_parts(
+        "UPDATE objects SET added_by=NULL WHERE added_by IS NOT NULL AND digest IN ({keys})",
+        digests,
+    ):
+        db.execute(sql, part)
+
+
+def _file_size(path: Path) -> int:
+    """Return a file's size, or -1 if there is none.
+
+    Any other failure is raised: a disk that fails for a moment has not lost the file.
+    """
+    try:
+        return path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return -1
+
+
+def _has_file(db: sqlite3.Connection, digest: bytes) -> bool:
+    row = db.execute("SELECT 1 FROM objects WHERE digest=? AND place=1", (digest,)).fetchone()
+    return row is not None
+
+
+def _drop_dangling(db: sqlite3.Connection, record: ObjectRecord, path: Path) -> None:
+    """Drop an object whose file is lost or cut short, unless it came back meanwhile."""
+    with disk_errors(f"cannot open {path}"):
+        if _has_file(db, record.digest) and _file_size(path) != record.size_bytes:
+            db.execute("DELETE FROM objects WHERE digest=?", (record.digest,))
+            remove_file(path)

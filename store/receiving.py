@@ -1,0 +1,310 @@
+"""Receiving objects into a store: who is at work, what is proved, when one is done.
+
+One `Incoming` stands for an object in this process, however many downloads want it;
+it lives as long as somebody holds it. Bitmaps go to the index from time to time, so
+that other processes see what is here in part, and a later one need not hash it again.
+
+An object is known here by its digest, its chunk list and its size together: a false
+manifest may name a true digest with another size or list, and must not be able to
+stand in the way of a true one.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+import weakref
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from . import bitmap
+from .digest import digest_of
+from .errors import BadInput, HashMismatch, LocalError, StoreDamaged
+from .hashing import hash_file
+from .incoming import Incoming
+from .manifest import ObjectRef
+from .objects import INLINE_LIMIT, WholeObjects, many
+from .place import disk_errors, remove_file
+from .reader import FileReader
+from .records import NewObject, head_of, present
+
+FLUSH_INTERVAL_S = 0.25
+"""How far the index may be behind the bitmaps in memory."""
+
+_Key = tuple[bytes, bytes, int]
+
+
+class Receiver:
+    """The objects being received into one store. A `Keeper`.
+
+    Parameters
+    ----------
+    objects : WholeObjects
+        Where they go.
+    """
+
+    def __init__(self, objects: WholeObjects) -> None:
+        self._objects = objects
+        self._lock = threading.Lock()
+        self._incoming: weakref.WeakValueDictionary[_Key, Incoming] = weakref.WeakValueDictionary()
+        self._shown: weakref.WeakValueDictionary[bytes, Incoming] = weakref.WeakValueDictionary()
+        self._dirty: set[Incoming] = set()
+        self._flushed_at = time.monotonic()
+        self._finisher = ThreadPoolExecutor(1, thread_name_prefix="store-finisher")
+
+    def close(self) -> None:
+        """Finish what is proved, and note what is proved in part."""
+        self._finisher.shutdown(wait=True)
+        self.flush()
+
+    # ---- what is here in part
+
+    def current(self, digest: bytes) -> Incoming | None:
+        """Return the larger object of this digest that is being received."""
+        with self._lock:
+            return self._shown.get(digest)
+
+    def bitmaps(self, digests: list[bytes]) -> dict[bytes, tuple[int, bytes]]:
+        """Return sizes and bitmaps of what is here of objects in part."""
+        rows = self._objects.index.query_keys(
+            "SELECT digest, size, bitmap, boot FROM partials WHERE digest IN ({keys}) "
+            "ORDER BY rowid DESC",
+            digests,
+        )
+        found = {row[0]: (row[1], row[2]) for row in rows if row[3] == self._objects.boot}
+        for digest in digests:
+            incoming = self.current(digest)
+            if incoming is not None:
+                found[digest] = (incoming.size_bytes, incoming.proved())
+        return found
+
+    def open_partial(self, digest: bytes) -> FileReader | None:
+        """Open an object in progress, of this process or another."""
+        incoming = self.current(digest)
+        if incoming is not None:
+            path, size, proved = incoming.path, incoming.size_bytes, incoming.proved()
+        else:
+            rows = self._objects.index.query(
+                "SELECT size, bitmap, chunk_list FROM partials WHERE digest=? AND boot=? "
+                "ORDER BY rowid LIMIT 1",
+                (digest, self._objects.boot),
+            )
+            if not rows:
+                return None
+            size, proved, chunk_list = rows[0]
+            path = self._objects.place.partial_path(digest, chunk_list)
+        try:
+            return FileReader(path, 0, size, proved)
+        except OSError:
+            return None  # it became whole, or was removed, in between
+
+    # ---- beginning
+
+    def receive(self, ref: ObjectRef, chunk_list: bytes) -> Incoming:
+        """See `Store.receive`."""
+        if ref.chunk_list != (digest_of(chunk_list) if chunk_list else b""):
+            raise BadInput(f"the chunk list of {ref.digest.hex()} is not the one that is named")
+        key = (ref.digest, ref.chunk_list, ref.size_bytes)
+        with self._lock:
+            known = self._incoming.get(key)
+        if known is not None:
+            return known
+        path = self._objects.place.partial_path(ref.digest, ref.chunk_list)
+        incoming = Incoming(ref.digest, ref.size_bytes, chunk_list, path, self)
+        if self._is_here(incoming) or self._take_orphan(incoming):
+            incoming.claim_all()
+            return incoming
+        if incoming.chunk_count > 1:
+            self._resume(incoming)
+        with self._lock:
+            known = self._incoming.get(key)
+            if known is not None:
+                return known  # another thread was as far first
+            self._incoming[key] = incoming
+            if incoming.chunk_count > 1 and ref.digest not in self._shown:
+                self._shown[ref.digest] = incoming
+        incoming.begin()
+        return incoming
+
+    def _is_here(self, incoming: Incoming) -> bool:
+        reader = self._objects.open_whole(incoming.digest)
+        if reader is None:
+            return False
+        reader.close()
+        if reader.size_bytes != incoming.size_bytes:
+            raise HashMismatch(
+                f"{incoming.digest.hex()} has {reader.size_bytes} bytes, not "
+                f"{incoming.size_bytes}: the manifest that says so is false"
+            )
+        self._finish(incoming, None)
+        return True
+
+    def _take_orphan(self, incoming: Incoming) -> bool:
+        """Take up a whole file that a crash left without its row in the index."""
+        if incoming.size_bytes <= INLINE_LIMIT:
+            return False
+        path = self._objects.place.object_path(incoming.digest)
+        try:
+            if path.stat().st_size != incoming.size_bytes:
+                return False
+            if hash_file(path, incoming.size_bytes) != incoming.digest:
+                return False
+        except OSError:
+            return False
+        if incoming.chunk_list:
+            self._objects.put_blob(incoming.chunk_list)
+        self._finish_when_kept(incoming, self._objects.keep_found(_new_object(incoming)))
+        return True
+
+    def _resume(self, incoming: Incoming) -> None:
+        rows = self._objects.index.query(
+            "SELECT bitmap FROM partials WHERE digest=? AND chunk_list=? AND size=? AND boot=?",
+            (
+                incoming.digest,
+                incoming.chunk_list_digest,
+                incoming.size_bytes,
+                self._objects.boot,
+            ),
+        )
+        with disk_errors(f"cannot read {incoming.path.name}"):
+            incoming.resume(rows[0][0] if rows else None)
+
+    # ---- noting what is proved
+
+    def touched(self, incoming: Incoming) -> None:
+        """Note that there is more of an object than the index says."""
+        with self._lock:
+            self._dirty.add(incoming)
+            if time.monotonic() - self._flushed_at < FLUSH_INTERVAL_S:
+                return
+            self._flushed_at = time.monotonic()
+            dirty, self._dirty = self._dirty, set()
+        self._submit_bitmaps(dirty)
+
+    def flush(self) -> None:
+        """Bring the index up to date with every bitmap."""
+        with self._lock:
+            dirty, self._dirty = self._dirty, set()
+        if dirty:
+            self._submit_bitmaps(dirty).result()
+
+    def _submit_bitmaps(self, dirty: set[Incoming]) -> Future[None]:
+        boot = self._objects.boot
+        return self._objects.index.submit(lambda db: _merge_bitmaps(db, dirty, boot))
+
+    # ---- ending
+
+    def proved(self, incoming: Incoming, data: memoryview | None) -> None:
+        """Take over an object whose last chunk was proved."""
+        try:
+            if data is None:
+                self._hand_to_finisher(incoming)
+            else:
+                kept = self._objects.keep_bytes(_new_object(incoming), data)
+                self._finish_when_kept(incoming, kept)
+        except BaseException as error:
+            self._finish(incoming, error)
+            raise
+
+    def vanished(self, incoming: Incoming) -> None:
+        """Settle what it means that the file in progress is gone."""
+        # Asked in a transaction: whoever moved the file has noted the object by then.
+        here = self._objects.index.write(lambda db: present(db, [incoming.digest]))
+        if (here and self._is_here(incoming)) or self._take_orphan(incoming):
+            self._release(incoming)
+            return
+        error = StoreDamaged(f"{incoming.path} was removed while it was being written")
+        self._finish(incoming, error)
+        raise error
+
+    def _hand_to_finisher(self, incoming: Incoming) -> None:
+        try:
+            self._finisher.submit(self._finish_file, incoming)
+        except RuntimeError as error:  # it was shut down
+            raise LocalError("the store is closed") from error
+
+    def _finish_file(self, incoming: Incoming) -> None:
+        """Hash an object of which every chunk was proved, and keep it."""
+        try:
+            try:
+                whole = hash_file(incoming.path, incoming.size_bytes)
+            except FileNotFoundError:
+                self.vanished(incoming)
+                return
+            if whole != incoming.digest:
+                raise self._why_wrong(incoming)
+            self._objects.put_blob(incoming.chunk_list)
+            kept = self._objects.keep_file(incoming.path, _new_object(incoming))
+            self._finish_when_kept(incoming, kept)
+        except OSError as error:
+            problem = LocalError(f"cannot read {incoming.path} back: {error.strerror or error}")
+            problem.__cause__ = error
+            self._finish(incoming, problem)
+        except Exception as error:
+            self._finish(incoming, error)
+
+    def _why_wrong(self, incoming: Incoming) -> StoreDamaged | HashMismatch:
+        bad = incoming.recheck()
+        if not bad:
+            remove_file(incoming.path)
+        self._release(incoming)  # from here on nobody notes its bitmap again
+        self._objects.index.write(
+            many(
+                "DELETE FROM partials WHERE digest=? AND chunk_list=?",
+                [(incoming.digest, incoming.chunk_list_digest)],
+            )
+        )
+        if bad:
+            return StoreDamaged(
+                f"{incoming.path}: {bad} chunks were changed on the disk after they were "
+                "verified; fetch again to replace them"
+            )
+        return HashMismatch(
+            f"{incoming.digest.hex()}: every chunk matched its list, but the whole does "
+            "not match its digest: the manifest that names this list is false"
+        )
+
+    def _finish_when_kept(self, incoming: Incoming, kept: Future[None]) -> None:
+        kept.add_done_callback(lambda future: self._finish(incoming, future.exception()))
+
+    def _finish(self, incoming: Incoming, error: BaseException | None) -> None:
+        self._release(incoming)
+        incoming.finish(error)
+
+    def _release(self, incoming: Incoming) -> None:
+        """Let the next `receive` of this object begin anew."""
+        key = (incoming.digest, incoming.chunk_list_digest, incoming.size_bytes)
+        with self._lock:
+            self._dirty.discard(incoming)
+            if self._incoming.get(key) is incoming:
+                del self._incoming[key]
+            if self._shown.get(incoming.digest) is incoming:
+                del self._shown[incoming.digest]
+
+
+def _new_object(incoming: Incoming) -> NewObject:
+    return NewObject(
+        incoming.digest,
+        incoming.size_bytes,
+        incoming.chunk_list_digest,
+        head_of(incoming.digest, incoming.chunk_list),
+    )
+
+
+def _merge_bitmaps(db: sqlite3.Connection, dirty: set[Incoming], boot: str) -> None:
+    """Write bitmaps as they are now, together with what other processes proved."""
+    whole = present(db, [incoming.digest for incoming in dirty])
+    for incoming in dirty:
+        if incoming.digest in whole or incoming.finished.done():
+            continue
+        key = (incoming.digest, incoming.chunk_list_digest)
+        proved = incoming.proved()
+        old = db.execute(
+            "SELECT bitmap FROM partials WHERE digest=? AND chunk_list=? AND size=? AND boot=?",
+            (*key, incoming.size_bytes, boot),
+        ).fetchone()
+        db.execute(
+            "INSERT OR REPLACE INTO partials(digest, chunk_list, size, bitmap, boot) "
+            "VALUES(?,?,?,?,?)",
+            (*key, incoming.size_bytes, bitmap.union(old[0], proved) if old else proved, boot),
+        )

@@ -1,0 +1,151 @@
+"""Tensors one after another, while the rest of the model is still on its way."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tensorswarm.store.errors import BadInput
+from tensorswarm.store.export import select
+from tensorswarm.store.load import load_tensor
+from tensorswarm.store.manifest import Manifest
+from tensorswarm.store.order import tensors_in_order
+from tensorswarm.store.store import Store
+
+from .api import DEFAULT_TIMEOUT_S, default_store, local_result
+from .refs import Ref, RefKind, parse_ref
+
+if TYPE_CHECKING:
+    from .api import Array
+
+JOIN_TIMEOUT_S = 10.0
+"""How long an abandoned stream waits for its download to end."""
+
+News = Manifest | bytes | BaseException | None
+"""The manifest; the digest of an object that became whole; why it failed; the end."""
+
+
+def stream(
+    ref: str,
+    *,
+    store: str | Path | None = None,
+    bootstrap: Sequence[str] = (),
+    origins: Sequence[str] = (),
+    include: Sequence[str] = (),
+    first: Sequence[str] = (),
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+) -> Iterator[tuple[str, Array]]:
+    """Fetch a model and give its tensors as they are proved, in the order asked.
+
+    Parameters
+    ----------
+    ref : str
+        A model id.
+    store, bootstrap, origins, include, timeout_s
+        As for `tensorswarm.fetch`.
+    first : sequence of str
+        Patterns of tensor names or file paths wanted first, in this order; the others
+        follow in the order of the files.
+
+    Yields
+    ------
+    tuple of str and numpy.ndarray
+        Name and tensor, as `tensorswarm.load` gives it. Leaving the loop early ends
+        the download; what was proved is kept.
+
+    Raises
+    ------
+    TensorswarmError
+        As for `tensorswarm.fetch`.
+    """
+    parsed = parse_ref(ref)
+    if parsed.kind is not RefKind.MODEL:
+        raise BadInput("stream takes a model id")
+    with Store(Path(store or default_store())) as opened:
+        if local_result(opened, parsed, include) is not None:
+            manifest = opened.manifest(parsed.digest)
+            assert manifest is not None  # local_result has just read it
+            for tensor in tensors_in_order(manifest, select(manifest, include), first):
+                yield tensor.name, load_tensor(opened, manifest, tensor)
+            return
+        with _fetching(opened, parsed, bootstrap, origins, include, first, timeout_s) as news:
+            yield from _as_they_come(opened, news, include, first)
+
+
+def _as_they_come(
+    store: Store, news: queue.SimpleQueue[News], include: Sequence[str], first: Sequence[str]
+) -> Iterator[tuple[str, Array]]:
+    manifest = news.get()
+    if isinstance(manifest, BaseException):
+        raise manifest
+    assert isinstance(manifest, Manifest)  # it is told first, or not at all
+    order = tensors_in_order(manifest, select(manifest, include), first)
+    refs = [manifest.objects[tensor.object_index] for tensor in order]
+    whole = set(store.records([ref.digest for ref in refs]))
+    for tensor, ref in zip(order, refs, strict=True):
+        while ref.size_bytes and ref.digest not in whole:
+            item = news.get()
+            if isinstance(item, BaseException):
+                raise item
+            if isinstance(item, bytes):
+                whole.add(item)
+        yield tensor.name, load_tensor(store, manifest, tensor)
+
+
+@contextmanager
+def _fetching(
+    store: Store,
+    ref: Ref,
+    bootstrap: Sequence[str],
+    origins: Sequence[str],
+    include: Sequence[str],
+    first: Sequence[str],
+    timeout_s: float,
+) -> Iterator[queue.SimpleQueue[News]]:
+    """Run the fetch in a thread of its own, for as long as the block lasts."""
+    import trio
+
+    from tensorswarm.p2p.fetch import FetchOptions, one_error
+    from tensorswarm.p2p.node import Node, running_node
+
+    news: queue.SimpleQueue[News] = queue.SimpleQueue()
+    scope = trio.CancelScope()
+    token: list[trio.lowlevel.TrioToken] = []
+    options = FetchOptions(
+        origins=tuple(origins),
+        include=tuple(include),
+        first=tuple(first),
+        in_order=True,
+        timeout_s=timeout_s,
+        on_manifest=news.put,
+        on_object=news.put,
+    )
+    peers = list(bootstrap) or running_node(store.root)
+
+    async def main() -> None:
+        token.append(trio.lowlevel.current_trio_token())
+        with scope:
+            async with one_error(), Node(store, bootstrap=peers, server=False) as node:
+                await node.fetch_digest(ref.digest, options, is_model=True)
+
+    def run() -> None:
+        try:
+            trio.run(main)
+        except BaseException as error:  # carried to the thread that reads the stream
+            news.put(error)
+        else:
+            news.put(None)
+
+    thread = threading.Thread(target=run, name="stream", daemon=True)
+    thread.start()
+    try:
+        yield news
+    finally:
+        if token:
+            with suppress(trio.RunFinishedError):  # it has ended by itself
+                token[0].run_sync_soon(scope.cancel)
+        thread.join(JOIN_TIMEOUT_S)
