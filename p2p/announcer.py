@@ -102,7 +102,7 @@ class Announcer:
         if not new:
             return
         await self._neighbours.tell(
-            [wire.HaveEntry(digest, size, None) for digest, size in new.items() if size]
+            [wire.HaveEntry(digest, size, None, b"") for digest, size in new.items() if size]
         )
         announced = await self._discovery.announce(list(new))
         self._confirmed |= announced.confirmed

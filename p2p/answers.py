@@ -28,7 +28,7 @@ class Answers:
         """Return what the store has of each digest, whole or in part."""
         held = self._store.holdings(digests)
         return [
-            wire.HaveEntry(digest, holding.size_bytes, holding.proved)
+            wire.HaveEntry(digest, holding.size_bytes, holding.proved, holding.chunk_list)
             for digest, holding in held.items()
         ]
 
@@ -38,12 +38,12 @@ class Answers:
 
     def _pieces(self, items: Iterable[wire.BlobItem]) -> Iterator[wire.BlobPiece]:
         for digest, offset in items:
-            reader = self._store.open_reader(digest)
+            reader = self._store.open_whole(digest)  # a part may match a false list only
             if reader is None:
                 continue
             try:
                 size = reader.size_bytes
-                if size > MAX_BLOB_BYTES or offset > size or not reader.covers(0, size):
+                if size > MAX_BLOB_BYTES or offset > size:
                     continue
                 if offset == size:
                     yield wire.BlobPiece(digest, size, offset, b"")

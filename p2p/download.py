@@ -4,6 +4,10 @@ The planner decides; the workers move bytes in threads; this loop carries events
 the one and actions to the other. Sources join when a neighbour says what it holds,
 and when an origin is given. A source that failed for a passing reason is tried
 again after a while; a liar never.
+
+A part of an object that a neighbour holds is asked for only if it was proved against
+our chunk list. A false list fools honest peers: what they hold by it would not match
+ours, and taking them for liars would cost us good sources.
 """
 
 from __future__ import annotations
@@ -143,6 +147,7 @@ class Download:
         self._sources: dict[str, _Source] = {}
         self._refused: dict[str, int] = {}
         self._changed: set[int] = set()
+        self._finishing: set[int] = set()
         self._moved_at = trio.current_time()
         self.search_is_over = False
         """Set by whoever looks for sources, once nobody is left to ask for now."""
@@ -301,7 +306,12 @@ class Download:
         known = False
         for entry in entries:
             index = self._index_of.get(entry.digest)
-            if index is None or entry.size_bytes != self._incoming[index].size_bytes:
+            if index is None:
+                continue
+            if not _is_of_use(entry, self._incoming[index]):
+                if index in source.holds:  # an entry replaces what was said before
+                    del source.holds[index]
+                    self._planner.source_lacks(now, peer_id, index)
                 continue
             known = True
             source.holds[index] = entry.bitmap
@@ -411,17 +421,28 @@ class Download:
     async def _tell_news(self) -> None:
         while True:
             await trio.sleep(TELL_INTERVAL_S)
-            changed, self._changed = self._changed, set()
-            entries = [self._entry(index) for index in changed]
+            entries = self._take_news()
             if entries:
                 await self._neighbours.tell(entries)
 
-    def _entry(self, index: int) -> wire.HaveEntry:
-        incoming = self._incoming[index]
-        finished = incoming.finished.done() and incoming.finished.exception() is None
-        return wire.HaveEntry(
-            incoming.digest, incoming.size_bytes, None if finished else incoming.proved()
-        )
+    def _take_news(self) -> list[wire.HaveEntry]:
+        """Return what is new since the last call.
+
+        That an object is whole is news of its own, also to those whom a part by our
+        chunk list does not concern.
+        """
+        changed, self._changed = self._changed, set()
+        whole = {index for index in self._finishing if self._incoming[index].finished.done()}
+        self._finishing -= whole
+        entries = []
+        for index in changed | whole:
+            incoming = self._incoming[index]
+            if incoming.missing_bytes() == 0 and not incoming.finished.done():
+                self._finishing.add(index)
+            entry = _entry(incoming)
+            if entry is not None:
+                entries.append(entry)
+        return entries
 
     def reports(self) -> tuple[list[SourceReport], int]:
         """Return what each source gave, and the bytes received in vain."""
@@ -442,3 +463,23 @@ class Download:
                     )
                 )
         return reports, statistics.duplicate_bytes + statistics.refused_bytes
+
+
+def _is_of_use(entry: wire.HaveEntry, incoming: Incoming) -> bool:
+    """Tell whether what a neighbour holds of an object can be what we want of it."""
+    if entry.size_bytes != incoming.size_bytes:
+        return False
+    return entry.bitmap is None or entry.chunk_list == incoming.chunk_list_digest
+
+
+def _entry(incoming: Incoming) -> wire.HaveEntry | None:
+    """Return what to tell of an object; None if the store would not give it out."""
+    if incoming.finished.done():
+        if incoming.finished.exception() is not None:
+            return None
+        return wire.HaveEntry(incoming.digest, incoming.size_bytes, None, b"")
+    if not incoming.is_shown:
+        return None
+    return wire.HaveEntry(
+        incoming.digest, incoming.size_bytes, incoming.proved(), incoming.chunk_list_digest
+    )

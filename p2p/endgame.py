@@ -3,8 +3,12 @@
 A source that finds nothing free may ask for copies of what is in flight elsewhere,
 when its copy should arrive clearly sooner; so a slow source never holds the last
 chunks. Only such sources are relieved that have nothing free to go on with
-themselves: before that, their work in flight is not what the download waits for. Of
-two copies that a third source would beat, the later one is given up for it.
+themselves: before that, their work in flight is not what the download waits for.
+
+A copy is never taken back in favour of a third source that would beat it: a cancel
+does not recall what is sent already, so that made three copies of a chunk in flight,
+and asked a source twice for one chunk. The price is that two slow copies can hold up a
+source that becomes fast, or joins, after they were asked.
 
 And towards the end a slow source leaves what is free to a faster one that would have
 done all the rest before the slow one had done its next chunk: then the copy, and its
@@ -16,7 +20,7 @@ No I/O, no clock.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from tensorswarm.store.digest import CHUNK_SIZE
@@ -24,7 +28,7 @@ from tensorswarm.store.digest import CHUNK_SIZE
 from .chunk_map import ChunkMap
 from .flights import Flights
 from .picker import Draft, Picker
-from .source_state import OpenRequest, SourceState
+from .source_state import SourceState
 from .swarm_types import PlannerLimits
 
 
@@ -36,11 +40,10 @@ class _Owner(NamedTuple):
 
 
 class _Selection:
-    """Chunks to copy, and the requests given up for them."""
+    """Chunks to copy."""
 
     def __init__(self, room_bytes: int) -> None:
         self.positions: list[int] = []
-        self.displaced: list[OpenRequest] = []
         self.size_bytes = 0
         self.room_bytes = room_bytes
 
@@ -83,18 +86,8 @@ class EndGame:
 
     # copies
 
-    def draft_copies(
-        self, now: float, source: SourceState, room_bytes: int
-    ) -> tuple[Draft, list[OpenRequest]]:
-        """Choose chunks in flight elsewhere that `source` should have sooner.
-
-        Returns
-        -------
-        draft : Draft
-            What to ask of it; may be empty.
-        displaced : list of OpenRequest
-            What to cancel before.
-        """
+    def draft_copies(self, now: float, source: SourceState, room_bytes: int) -> Draft:
+        """Choose chunks in flight elsewhere that `source` should have sooner."""
         limits = self._limits
         if self._owners is None:
             self._owners = self._latest_owners(now)
@@ -108,7 +101,7 @@ class EndGame:
         draft = Draft(selection.room_bytes, limits.max_request_spans)
         for position in sorted(selection.positions):
             draft.add(self._chunks, position, 1)
-        return draft, selection.displaced
+        return draft
 
     def _latest_owners(self, now: float) -> list[_Owner]:
         """Return the sources in their end-game that will be done last, the last first."""
@@ -137,18 +130,13 @@ class EndGame:
             requests = self._flights.by_position[position]
             if (
                 not source.holds(position)
-                or position in selection.positions
+                or len(requests) >= limits.max_copies
                 or any(request.source is source for request in requests)
             ):
                 continue
             if is_first and self._is_faster_elsewhere(now, source, position, size, size):
                 return
             is_first = False
-            if len(requests) >= limits.max_copies:
-                loser = _loser(now, own_s / limits.copy_gain, requests)
-                if loser is None:
-                    continue
-                selection.displaced.append(loser)
             selection.positions.append(position)
             selection.size_bytes += size
 
@@ -207,18 +195,3 @@ def expected_wait_s(now: float, source: SourceState, queued_bytes: int) -> float
     silence_s = now - source.silent_since()
     rate = source.rate.bytes_per_s
     return max(silence_s, queued_bytes / rate if rate else 0.0)
-
-
-def _loser(now: float, own_s: float, requests: Sequence[OpenRequest]) -> OpenRequest | None:
-    """Return the latest of the requests for a chunk, if all are later than `own_s`.
-
-    It must be for that chunk alone, because a request is cancelled as a whole.
-    """
-    loser, longest_s = None, 0.0
-    for request in requests:
-        wait_s = expected_wait_s(now, request.source, request.source.queued_bytes)
-        if wait_s <= own_s:
-            return None
-        if len(request.left) == 1 and wait_s > longest_s:
-            loser, longest_s = request, wait_s
-    return loser

@@ -95,15 +95,19 @@ async def survey(node: Node, digest: bytes, timeout_s: float) -> list[dict[str, 
 async def _held_bytes(node: Node, digest: bytes) -> dict[str, int]:
     """Return how many bytes of a model (or one object) each neighbour says it holds."""
     wanted = [digest]
+    lists: dict[bytes, bytes] = {}
     manifest = node.store.manifest(digest) or await _ask_manifest(node, digest)
     if manifest is not None:
         wanted += [ref.digest for ref in manifest.objects]
+        lists = {ref.digest: ref.chunk_list for ref in manifest.objects}
     held: defaultdict[str, dict[bytes, int]] = defaultdict(dict)
 
     def listen(peer_id: str, entries: Sequence[wire.HaveEntry]) -> None:
         for entry in entries:
             size = entry.size_bytes
             if entry.bitmap is not None:
+                if entry.chunk_list != lists.get(entry.digest, entry.chunk_list):
+                    continue  # proved against another list: not of this model
                 size = min(size, bitmap.count_set(entry.bitmap) * CHUNK_SIZE)
             held[peer_id][entry.digest] = size
 

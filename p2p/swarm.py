@@ -356,12 +356,7 @@ class Planner:
             self._stir(request.source)
             return
         if request.skipped:
-            self._cancel(now, request)
-        else:
-            self._close(now, request)
-
-    def _cancel(self, now: float, request: OpenRequest) -> None:
-        self._outbox.append(Cancel(request.source.name, request.request_id))
+            self._outbox.append(Cancel(request.source.name, request.request_id))
         self._close(now, request)
 
     def _close(self, now: float, request: OpenRequest) -> None:
@@ -441,9 +436,7 @@ class Planner:
             return False
         draft = self._picker.pick(state, room_bytes)
         if not draft.positions and self._flights.by_position:
-            draft, displaced = self._endgame.draft_copies(now, state, room_bytes)
-            for request in displaced:
-                self._cancel(now, request)
+            draft = self._endgame.draft_copies(now, state, room_bytes)
             if not draft.positions:
                 self._park(now, state)
         if not draft.positions:

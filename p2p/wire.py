@@ -40,7 +40,7 @@ from .wire_limits import PeerEntry as PeerEntry
 
 _LENGTH_BYTES = 4
 _HAVE_HEAD_BYTES = 32  # array heads, kind, a request id of nine bytes, last
-_HAVE_ENTRY_BYTES = 64  # array head, a digest of 34 bytes, a size of nine, a bitmap's head
+_HAVE_ENTRY_BYTES = 96  # array head, two digests of 34 bytes, a size of nine, a bitmap's head
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +136,8 @@ class Have:
     """Answers a want, in one frame or several, or brings news (request id 0).
 
     What a want asked for and no entry mentions up to the frame with `last` is not held.
+    A part that was proved against another chunk list than the reader's is of no use to
+    it, and no lie: false lists fool honest peers.
     """
 
     kind: ClassVar[int] = 5

@@ -147,11 +147,15 @@ class HaveEntry(NamedTuple):
     bitmap : bytes or None
         Bit ``i % 8`` (least significant first) of byte ``i // 8`` tells whether
         chunk ``i`` is proved; None when the sender holds the whole.
+    chunk_list : bytes
+        Digest of the chunk list that the chunks of `bitmap` were proved against;
+        empty when the sender holds the whole, which its own digest proves.
     """
 
     digest: bytes
     size_bytes: int
     bitmap: bytes | None
+    chunk_list: bytes
 
 
 class BlobItem(NamedTuple):
@@ -327,10 +331,16 @@ def take_bulk_address(value: object, what: str) -> str:
 
 
 def take_have_entry(value: object, what: str) -> HaveEntry:
-    """Return an entry of have."""
-    digest, raw_size, bitmap = take_fields(value, 3, what)
+    """Return an entry of have: whole, or a part together with the list that proves it."""
+    digest, raw_size, raw_bitmap, raw_list = take_fields(value, 4, what)
     size_bytes = take_size(raw_size, what)
-    return HaveEntry(take_digest(digest, what), size_bytes, take_bitmap(bitmap, what, size_bytes))
+    bitmap = take_bitmap(raw_bitmap, what, size_bytes)
+    chunk_list = take_digest_or_empty(raw_list, what)
+    if bitmap is not None and size_bytes <= CHUNK_SIZE:
+        raise ProtocolError(f"{what}: a part of an object of one chunk")
+    if bool(chunk_list) != (bitmap is not None):
+        raise ProtocolError(f"{what}: a chunk list goes with a bitmap, and only with one")
+    return HaveEntry(take_digest(digest, what), size_bytes, bitmap, chunk_list)
 
 
 def take_blob_item(value: object, what: str) -> BlobItem:

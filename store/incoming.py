@@ -84,6 +84,9 @@ class Incoming:
     ----------
     finished : Future
         Done when the whole is verified and in the index; its exception says why not.
+    is_shown : bool
+        Whether the store tells of this part and serves it. It shows one of a digest at a
+        time, and none of a single chunk.
 
     Raises
     ------
@@ -115,6 +118,7 @@ class Incoming:
         self._has_file = False
         self._is_over = False
         self.finished: Future[None] = Future()
+        self.is_shown = False
 
     def is_missing(self, chunk: int) -> bool:
         """Tell whether a chunk is not proved yet."""

@@ -7,6 +7,10 @@ that other processes see what is here in part, and a later one need not hash it 
 An object is known here by its digest, its chunk list and its size together: a false
 manifest may name a true digest with another size or list, and must not be able to
 stand in the way of a true one.
+
+To others only one of them is shown at a time, told of and served alike, because a
+reader is asked for by digest alone: the first to begin, for as long as it is received
+in this process; where there is none, the first that the index has a bitmap of.
 """
 
 from __future__ import annotations
@@ -60,22 +64,23 @@ class Receiver:
     # ---- what is here in part
 
     def current(self, digest: bytes) -> Incoming | None:
-        """Return the larger object of this digest that is being received."""
+        """Return the larger object of this digest that is being received, and shown."""
         with self._lock:
             return self._shown.get(digest)
 
-    def bitmaps(self, digests: list[bytes]) -> dict[bytes, tuple[int, bytes]]:
-        """Return sizes and bitmaps of what is here of objects in part."""
+    def bitmaps(self, digests: list[bytes]) -> dict[bytes, tuple[int, bytes, bytes]]:
+        """Return size, bitmap and chunk list's digest of what is shown of objects in part."""
         rows = self._objects.index.query_keys(
-            "SELECT digest, size, bitmap, boot FROM partials WHERE digest IN ({keys}) "
-            "ORDER BY rowid DESC",
+            "SELECT digest, size, bitmap, chunk_list, boot FROM partials "
+            "WHERE digest IN ({keys}) ORDER BY rowid DESC",
             digests,
         )
-        found = {row[0]: (row[1], row[2]) for row in rows if row[3] == self._objects.boot}
+        found = {row[0]: row[1:4] for row in rows if row[4] == self._objects.boot}
         for digest in digests:
             incoming = self.current(digest)
             if incoming is not None:
-                found[digest] = (incoming.size_bytes, incoming.proved())
+                proved = incoming.proved()
+                found[digest] = (incoming.size_bytes, proved, incoming.chunk_list_digest)
         return found
 
     def open_partial(self, digest: bytes) -> FileReader | None:
@@ -121,10 +126,15 @@ class Receiver:
             if known is not None:
                 return known  # another thread was as far first
             self._incoming[key] = incoming
-            if incoming.chunk_count > 1 and ref.digest not in self._shown:
-                self._shown[ref.digest] = incoming
+            self._show_if_first(incoming)
         incoming.begin()
         return incoming
+
+    def _show_if_first(self, incoming: Incoming) -> None:
+        """Show a larger object unless another of its digest is. The lock is held."""
+        if incoming.chunk_count > 1:
+            shown = self._shown.setdefault(incoming.digest, incoming)
+            incoming.is_shown = shown is incoming
 
     def _is_here(self, incoming: Incoming) -> bool:
         reader = self._objects.open_whole(incoming.digest)
@@ -175,6 +185,8 @@ class Receiver:
         """Note that there is more of an object than the index says."""
         with self._lock:
             self._dirty.add(incoming)
+            if self._incoming.get(_key_of(incoming)) is incoming:
+                self._show_if_first(incoming)  # the one shown before may have ended since
             if time.monotonic() - self._flushed_at < FLUSH_INTERVAL_S:
                 return
             self._flushed_at = time.monotonic()
@@ -273,13 +285,18 @@ class Receiver:
 
     def _release(self, incoming: Incoming) -> None:
         """Let the next `receive` of this object begin anew."""
-        key = (incoming.digest, incoming.chunk_list_digest, incoming.size_bytes)
+        key = _key_of(incoming)
         with self._lock:
             self._dirty.discard(incoming)
             if self._incoming.get(key) is incoming:
                 del self._incoming[key]
             if self._shown.get(incoming.digest) is incoming:
                 del self._shown[incoming.digest]
+            incoming.is_shown = False
+
+
+def _key_of(incoming: Incoming) -> _Key:
+    return incoming.digest, incoming.chunk_list_digest, incoming.size_bytes
 
 
 def _new_object(incoming: Incoming) -> NewObject:
@@ -304,7 +321,9 @@ def _merge_bitmaps(db: sqlite3.Connection, dirty: set[Incoming], boot: str) -> N
             (*key, incoming.size_bytes, boot),
         ).fetchone()
         db.execute(
-            "INSERT OR REPLACE INTO partials(digest, chunk_list, size, bitmap, boot) "
-            "VALUES(?,?,?,?,?)",
+            # Not REPLACE: a row that keeps its place keeps being the one that is shown.
+            "INSERT INTO partials(digest, chunk_list, size, bitmap, boot) VALUES(?,?,?,?,?) "
+            "ON CONFLICT(digest, chunk_list) DO UPDATE "
+            "SET size=excluded.size, bitmap=excluded.bitmap, boot=excluded.boot",
             (*key, incoming.size_bytes, bitmap.union(old[0], proved) if old else proved, boot),
         )

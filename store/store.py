@@ -44,10 +44,22 @@ MAX_KNOWN_MANIFESTS = 16
 
 
 class Holding(NamedTuple):
-    """What the store has of one object; `proved` is None when it has all of it."""
+    """What the store has of one object.
+
+    Attributes
+    ----------
+    size_bytes : int
+        The object's size.
+    proved : bytes or None
+        Bitmap of the proved chunks; None when it has all of it.
+    chunk_list : bytes
+        Digest of the chunk list that those chunks were proved against; empty when it
+        has all of it.
+    """
 
     size_bytes: int
     proved: bytes | None
+    chunk_list: bytes
 
 
 class ModelRecord(NamedTuple):
@@ -106,12 +118,16 @@ class Store(WholeObjects):
     # ---- whole objects, and those in progress
 
     def holdings(self, digests: Sequence[bytes]) -> dict[bytes, Holding]:
-        """Return what the store has of each of `digests`, whole or in part."""
-        found = {d: Holding(r.size_bytes, None) for d, r in self.records(digests).items()}
+        """Return what the store has of each of `digests`, whole or in part.
+
+        What is told of a part is what `open_reader` opens, also when the object is being
+        received by several chunk lists at once.
+        """
+        found = {d: Holding(r.size_bytes, None, b"") for d, r in self.records(digests).items()}
         rest = [digest for digest in digests if digest not in found]
         if rest:
-            for digest, (size, proved) in self._receiver.bitmaps(rest).items():
-                found[digest] = Holding(size, proved)
+            for digest, part in self._receiver.bitmaps(rest).items():
+                found[digest] = Holding(*part)
         return found
 
     def open_reader(self, digest: bytes) -> ObjectReader | None:

@@ -9,13 +9,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from tensorswarm.refs import Ref, RefKind, parse_ref
 from tensorswarm.store.cid import object_cid
 from tensorswarm.store.digest import chunk_count
 from tensorswarm.store.errors import BadInput, HashMismatch, NotFound, StoreDamaged
 from tensorswarm.store.manifest import Manifest
 from tensorswarm.store.store import Store
 
+from ..refs import Ref, RefKind, parse_ref
 from .network import fetch, node, peers
 from .output import Output, human_bytes
 

@@ -19,10 +19,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tensorswarm.api import DEFAULT_TIMEOUT_S, default_store
 from tensorswarm.store.errors import BadInput, TensorswarmError
 from tensorswarm.store.version import VERSION
 
+from ..api import DEFAULT_TIMEOUT_S, default_store
 from . import commands
 from .output import Output
 

@@ -9,11 +9,11 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from tensorswarm.api import export_result, fetch_into
-from tensorswarm.refs import RefKind, parse_ref
 from tensorswarm.store.errors import BadInput, NoSource
 from tensorswarm.store.store import Store
 
+from ..api import export_result, fetch_into
+from ..refs import RefKind, parse_ref
 from .output import Output, human_bytes, human_rate
 
 if TYPE_CHECKING:

@@ -137,7 +137,7 @@ class EvilStore(Store):
             if self._hides:
                 held.pop(digest, None)
             elif self._pretends:
-                held[digest] = Holding(self._sizes[digest], None)
+                held[digest] = Holding(self._sizes[digest], None, b"")
         return held
 
     def open_reader(self, digest: bytes) -> ObjectReader | None:
