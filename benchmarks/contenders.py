@@ -18,6 +18,7 @@ from .processes import (
     memory_bytes,
     python,
     run_json,
+    touch_pages,
 )
 from .torrent import make_torrent
 
@@ -93,7 +94,7 @@ class Tensorswarm:
         """Fetch with a fresh process and an empty store."""
         measured = _fetch(
             python(
-                *("benchmarks.receivers", "tensorswarm"),
+                *("benchmarks.receivers", "tensorswarm", str(self._source.stat().st_size)),
                 *(str(target / "store"), self._model, self._address),
             ),
             self._server,
@@ -131,7 +132,8 @@ class Libtorrent:
         port = self._server.first_line.strip()
         return _fetch(
             python(
-                *("benchmarks.receivers", "libtorrent"), *(str(target), str(self._torrent), port)
+                *("benchmarks.receivers", "libtorrent", str(self._source.stat().st_size)),
+                *(str(target), str(self._torrent), port),
             ),
             self._server,
         )
@@ -186,13 +188,12 @@ class Curl:
 
     def run(self, target: Path) -> Measurement:
         """Fetch with a fresh curl."""
+        touch_pages(target, self._source.stat().st_size)
         server_before = sum(cpu_seconds(pid) for pid in self._workers())
         before = children_cpu_seconds()
         url = f"http://127.0.0.1:{self._port}/{self._source.name}"
         command = ["curl", "-sf", "-o", str(target / "file"), "-w", "%{time_total}", url]
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, check=True, timeout=RUN_TIMEOUT_S
-        )
+        done = subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=RUN_TIMEOUT_S)
         return Measurement(
             float(done.stdout),
             children_cpu_seconds() - before,
@@ -221,7 +222,10 @@ class Copy:
         """Copy with ``cp``."""
         before = children_cpu_seconds()
         figures = run_json(
-            python("benchmarks.receivers", "copy", str(target / "file"), str(self._source))
+            python(
+                *("benchmarks.receivers", "copy", str(self._source.stat().st_size)),
+                *(str(target / "file"), str(self._source)),
+            )
         )
         return Measurement(figures["seconds"], children_cpu_seconds() - before, 0.0)
 

@@ -14,10 +14,10 @@ import sys
 import time
 from pathlib import Path
 
-from .processes import memory_bytes
+from .processes import memory_bytes, touch_pages
 
 
-def tensorswarm_fetch(target: str, model: str, address: str) -> dict[str, float]:
+def tensorswarm_fetch(size: str, target: str, model: str, address: str) -> dict[str, float]:
     """Fetch with this project, into an empty store."""
     import trio
 
@@ -25,6 +25,7 @@ def tensorswarm_fetch(target: str, model: str, address: str) -> dict[str, float]
 
     async def main() -> dict[str, float]:
         async with Node(Path(target), bootstrap=[address], server=False, seed=1) as node:
+            touch_pages(Path(target), int(size))
             before = memory_bytes(os.getpid(), "VmRSS")
             begun = time.perf_counter()
             result = await node.fetch(model)
@@ -35,12 +36,13 @@ def tensorswarm_fetch(target: str, model: str, address: str) -> dict[str, float]
     return trio.run(main)
 
 
-def libtorrent_fetch(target: str, torrent: str, port: str) -> dict[str, float]:
+def libtorrent_fetch(size: str, target: str, torrent: str, port: str) -> dict[str, float]:
     """Fetch with libtorrent, in the clear."""
     from .torrent import new_session, parameters
 
     session = new_session(0)
     adding = parameters(torrent, target)
+    touch_pages(Path(target), int(size))
     before = memory_bytes(os.getpid(), "VmRSS")
     begun = time.perf_counter()
     handle = session.add_torrent(adding)
@@ -51,8 +53,9 @@ def libtorrent_fetch(target: str, torrent: str, port: str) -> dict[str, float]:
     return {"seconds": time.perf_counter() - begun, "memory_before": before}
 
 
-def file_copy(target: str, source: str) -> dict[str, float]:
+def file_copy(size: str, target: str, source: str) -> dict[str, float]:
     """Copy on the same disk through memory, as ``cp`` without reflinks does."""
+    touch_pages(Path(target).parent, int(size))
     before = memory_bytes(os.getpid(), "VmRSS")
     begun = time.perf_counter()
     shutil.copyfile(source, target)

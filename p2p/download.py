@@ -194,11 +194,12 @@ class Download:
             self.close()
 
     async def _loop(self, timeout_s: float) -> None:
-        self._moved_at = trio.current_time()
+        latest = self._moved_at = trio.current_time()
         while not self._planner.is_done():
-            now = trio.current_time()
-            for event in self._events.take():
-                self._take_event(now, event)
+            for at, event in self._events.take():
+                latest = max(latest, at)
+                self._take_event(latest, event)
+            now = latest = max(latest, trio.current_time())
             if self._sink.error is not None:
                 raise self._sink.error
             if self._planner.is_done():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,6 +14,11 @@ from tensorswarm.store.errors import TensorswarmError
 from tensorswarm.store.incoming import ChunkMismatch, Incoming
 
 from .source import Failure, Outcome, WantedObject
+
+
+WAKE_INTERVAL_S = 0.02
+"""How long news that need no decision may wait. Waking the task for each chunk costs
+more than the chunk's planning, and takes the interpreter from the threads that receive."""
 
 
 class StoreSink:
@@ -90,20 +96,27 @@ Event = Progressed | ChunkCame | RequestDone | SourceFailed
 class EventQueue:
     """A `Report` that carries events from worker threads into a trio task.
 
-    The queue needs no bound of its own: there are no more events than there are chunks
+    Each event carries the time it happened at, so that waiting in the queue does not
+    spoil what is measured. The queue needs no bound of its own: there are no more events than there are chunks
     in flight, and the planner bounds those.
     """
 
     def __init__(self) -> None:
-        self._events: deque[Event] = deque()
+        self._events: deque[tuple[float, Event]] = deque()
         self._token = trio.lowlevel.current_trio_token()
         self._arrived = trio.Event()
+        self._clock_offset_s = trio.current_time() - time.perf_counter()
+        self._woken_at_s = 0.0
 
-    def _put(self, event: Event) -> None:
-        self._events.append(event)
-        # After the end of the program's event loop nobody listens any more.
-        with suppress(trio.RunFinishedError):
-            self._token.run_sync_soon(self._wake, idempotent=True)
+    def _put(self, event: Event, *, urgent: bool) -> None:
+        """Queue an event; wake the task for an urgent one, for others now and then."""
+        now = time.perf_counter()
+        self._events.append((now + self._clock_offset_s, event))
+        if urgent or now - self._woken_at_s >= WAKE_INTERVAL_S:
+            self._woken_at_s = now
+            # After the end of the program's event loop nobody listens any more.
+            with suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(self._wake, idempotent=True)
 
     def _wake(self) -> None:
         self._arrived.set()
@@ -116,8 +129,8 @@ class EventQueue:
         """Wait until something happened."""
         await self._arrived.wait()
 
-    def take(self) -> list[Event]:
-        """Return what happened since the last call."""
+    def take(self) -> list[tuple[float, Event]]:
+        """Return what happened since the last call, with trio's time of each."""
         self._arrived = trio.Event()
         events = []
         while self._events:
@@ -126,7 +139,7 @@ class EventQueue:
 
     def progress(self, source: str, request_id: int, byte_count: int) -> None:
         """Note that payload bytes arrived."""
-        self._put(Progressed(source, request_id, byte_count))
+        self._put(Progressed(source, request_id, byte_count), urgent=False)
 
     def chunk(
         self,
@@ -138,12 +151,13 @@ class EventQueue:
         byte_count: int,
     ) -> None:
         """Note what became of a chunk."""
-        self._put(ChunkCame(source, request_id, object_index, chunk, outcome, byte_count))
+        event = ChunkCame(source, request_id, object_index, chunk, outcome, byte_count)
+        self._put(event, urgent=outcome is Outcome.REFUSED)
 
     def done(self, source: str, request_id: int) -> None:
         """Note that a request was answered."""
-        self._put(RequestDone(source, request_id))
+        self._put(RequestDone(source, request_id), urgent=True)
 
     def failed(self, source: str, request_id: int | None, failure: Failure, detail: str) -> None:
         """Note that a request, or the whole source, failed."""
-        self._put(SourceFailed(source, request_id, failure, detail))
+        self._put(SourceFailed(source, request_id, failure, detail), urgent=True)

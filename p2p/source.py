@@ -117,9 +117,7 @@ class Report(Protocol):
         """Note that every span of a request was answered."""
         ...
 
-    def failed(
-        self, source: str, request_id: int | None, failure: Failure, detail: str
-    ) -> None:
+    def failed(self, source: str, request_id: int | None, failure: Failure, detail: str) -> None:
         """Note that a request failed, or (with None) the whole source."""
         ...
 

@@ -7,17 +7,21 @@ hands, whoever put them there.
 
 What is read is hashed once. A large range is copied while it is hashed if its first
 chunk tells that it is new; otherwise it is hashed first, and mostly turns out to be known.
-Small objects go into the index many at a time.
+Small objects gather in a file, and go into the index all at once at the end. That is fast,
+and on a full disk it fails without a trace: rows that are committed already could not
+be taken out of a full index again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import sqlite3
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from typing import BinaryIO
 
 from .digest import CHUNK_SIZE, digest_of
 from .errors import TensorswarmError
@@ -25,17 +29,18 @@ from .hashing import RangeHasher, chunk_digests
 from .manifest import ObjectRef
 from .objects import INLINE_LIMIT, AdoptedRange
 from .place import COPY_BUFFER_SIZE, disk_errors, remove_file
-from .records import FileState, NewObject, head_of
+from .records import FileState, NewObject, ObjectPlace, head_of, insert_object
 from .store import Store
 
-INLINE_BATCH = 500
-"""Small objects that go into the index in one operation, at most."""
+MAX_STAGED_BYTES = 256 << 20
+"""Bytes of small objects that go into the index in one transaction, at most: other
+processes wait for it, about a second."""
 
-INLINE_BATCH_BYTES = 4 << 20
-"""Bytes of small objects that go into the index in one operation, about."""
+MAX_STAGED_OBJECTS = 1 << 16
+"""Small objects that go into the index in one transaction, at most, for the same reason."""
 
-MAX_PENDING = 16
-"""Operations that may wait for their commit: they hold up to 64 MiB of small objects."""
+MAX_PENDING = 64
+"""Operations that may wait for their commit."""
 
 Progress = Callable[[int], None]
 """Called with the number of bytes done since the last call."""
@@ -72,19 +77,20 @@ class Adding:
         self._heads: set[int] = set()
         self._lists: set[bytes] = set()
         self._attempted: list[bytes] = []
-        self._inline: list[tuple[NewObject, bytes]] = []
-        self._inline_bytes = 0
+        self._stage = _Stage(store)
         self._ranges: list[AdoptedRange] = []
         self._pending: deque[Future[None]] = deque()
 
     def close(self) -> None:
-        """End the thread that hashes."""
+        """End the thread that hashes, and let go of what is staged."""
         self._hasher.close()
+        self._stage.close()
 
     def undo(self) -> None:
         """Take away what was put in, as far as nobody else relies on it by now."""
         for future in self._pending:
             future.exception()
+        self._stage.close()  # the room it takes may be the room that undoing needs
         # What cannot be taken away stays under a name that means nothing, and does no harm;
         # the error that brought us here says more than a second one.
         with contextlib.suppress(TensorswarmError):
@@ -114,7 +120,7 @@ class Adding:
         NoRoom, LocalError
             Something could not be put in.
         """
-        self._put_inline()
+        self._put_staged()
         while self._pending:
             self._pending.popleft().result()
 
@@ -142,8 +148,9 @@ class Adding:
         chunk_list = chunk_digests(view) if len(view) > CHUNK_SIZE else b""
         new = self._new_object(digest, len(view), chunk_list)
         if len(view) <= INLINE_LIMIT:
-            self._put_inline_later(new, bytes(view))
+            self._put_later(new, view)
         elif not self._is_here(new, chunk_list):
+            self.new_bytes += len(view)
             if self._copy:
                 self._attempted.append(digest)
                 self._await(self._store.keep_bytes(new, view))
@@ -162,6 +169,7 @@ class Adding:
             if self._is_here(new, chunk_list):
                 return ref
             if not self._copy:
+                self.new_bytes += size_bytes
                 self._ranges.append(AdoptedRange(new, offset))
                 return ref
         return self._copy_range(descriptor, offset, size_bytes)
@@ -180,6 +188,7 @@ class Adding:
             if self._is_here(new, chunk_list):
                 remove_file(path)
             else:
+                self.new_bytes += size_bytes
                 self._attempted.append(digest)
                 self._await(self._store.keep_file(path, new))
         except BaseException:
@@ -197,33 +206,83 @@ class Adding:
             return True
         if len(chunk_list) > INLINE_LIMIT:
             self._store.put_blob(chunk_list, added_by=self.name)
-        elif chunk_list:
+        elif chunk_list and new.chunk_list not in self._lists:
             self._lists.add(new.chunk_list)
             list_object = self._new_object(new.chunk_list, len(chunk_list), b"")
-            self._put_inline_later(list_object, chunk_list)
+            self._put_later(list_object, chunk_list)
         reader = self._store.open_whole(new.digest)
         if reader is not None:
             reader.close()
-            return True
-        self.new_bytes += new.size_bytes
-        return False
+        return reader is not None
 
-    def _put_inline_later(self, new: NewObject, data: bytes) -> None:
-        self._inline.append((new, data))
-        self._inline_bytes += len(data)
-        if len(self._inline) >= INLINE_BATCH or self._inline_bytes >= INLINE_BATCH_BYTES:
-            self._put_inline()
+    def _put_later(self, new: NewObject, data: bytes | memoryview) -> None:
+        self._stage.add(new, data)
+        if self._stage.is_full():
+            self._put_staged()
 
-    def _put_inline(self) -> None:
-        batch, self._inline, self._inline_bytes = self._inline, [], 0
-        known = self._store.records([new.digest for new, _ in batch])
-        fresh = [item for item in batch if item[0].digest not in known]
-        if fresh:
-            self.new_bytes += sum(len(data) for new, data in fresh if new.digest not in self._lists)
-            self._await(self._store.keep_inline(fresh))
+    def _put_staged(self) -> None:
+        known = self._store.records([new.digest for new in self._stage.objects()])
+        fresh = [new for new in self._stage.objects() if new.digest not in known]
+        self.new_bytes += sum(new.size_bytes for new in fresh if new.digest not in self._lists)
+        self._stage.put({new.digest for new in fresh})
 
     def _await(self, future: Future[None]) -> None:
         """Let an operation go on; wait for the oldest when there are too many."""
         self._pending.append(future)
         if len(self._pending) > MAX_PENDING:
             self._pending.popleft().result()
+
+
+class _Stage:
+    """Small objects that wait in a temporary file to go into the index together."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._path = store.place.temporary()
+        self._file: BinaryIO | None = None
+        self._entries: list[tuple[NewObject, int]] = []
+        self._size_bytes = 0
+
+    def close(self) -> None:
+        """Drop what is staged."""
+        self._entries = []
+        self._size_bytes = 0
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # what it had not written yet finds no room
+                self._file.close()
+            self._file = None
+        remove_file(self._path)
+
+    def objects(self) -> Iterator[NewObject]:
+        """Yield what is staged."""
+        return (new for new, _ in self._entries)
+
+    def is_full(self) -> bool:
+        """Tell whether it is time to put what is staged into the index."""
+        return self._size_bytes >= MAX_STAGED_BYTES or len(self._entries) >= MAX_STAGED_OBJECTS
+
+    def add(self, new: NewObject, data: bytes | memoryview) -> None:
+        """Stage an object."""
+        with disk_errors("cannot write to the store"):
+            if self._file is None:
+                self._file = self._path.open("w+b", buffering=CHUNK_SIZE)
+            self._file.write(data)
+        self._entries.append((new, self._size_bytes))
+        self._size_bytes += len(data)
+
+    def put(self, chosen: set[bytes]) -> None:
+        """Put the chosen objects into the index in one transaction, and drop the others."""
+        file, entries = self._file, self._entries
+        if file is None:
+            return
+
+        def operation(db: sqlite3.Connection) -> None:
+            for new, offset in entries:
+                if new.digest in chosen:
+                    data = os.pread(file.fileno(), new.size_bytes, offset)
+                    insert_object(db, new, ObjectPlace.INLINE, data=data)
+
+        with disk_errors("cannot write to the store"):
+            file.flush()
+        self._store.index.write(operation)
+        self.close()

@@ -215,21 +215,25 @@ class Index:
         return self.submit(operation).result()
 
     def _run(self) -> None:
-        stop = False
-        while not stop:
-            item = self._queue.get()
-            batch = []
-            while item is not None:
-                # False if the caller cancelled it. From here on nobody can.
-                if item[1].set_running_or_notify_cancel():
-                    batch.append(item)
-                if len(batch) == MAX_BATCH or self._queue.empty():
-                    break
-                item = self._queue.get()
-            stop = item is None
-            if batch:
-                self._commit(batch)
+        # In a method of its own, so that what was written is not kept until the next comes.
+        while self._run_batch():
+            pass
         self._writer.close()
+
+    def _run_batch(self) -> bool:
+        """Wait for something to write, and write all that waits; False at the end."""
+        batch = []
+        item = self._queue.get()
+        while item is not None:
+            # False if the caller cancelled it. From here on nobody can.
+            if item[1].set_running_or_notify_cancel():
+                batch.append(item)
+            if len(batch) == MAX_BATCH or self._queue.empty():
+                break
+            item = self._queue.get()
+        if batch:
+            self._commit(batch)
+        return item is not None
 
     def _commit(self, batch: Sequence[tuple[Operation[Any], Future[Any]]]) -> bool:
         """Run a batch as one transaction; alone, each, when one of it fails.

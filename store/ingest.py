@@ -64,32 +64,43 @@ def files_under(paths: Sequence[Path]) -> list[tuple[Path, str]]:
     """
     found: list[tuple[Path, str]] = []
     for path in paths:
-        if path.is_dir():
+        try:
+            is_folder = stat.S_ISDIR(path.stat().st_mode)
+        except (OSError, ValueError) as error:  # ValueError: a NUL in it
+            reason = getattr(error, "strerror", None) or error
+            raise BadInput(f"{_shown(path)}: cannot be read: {reason}") from error
+        if is_folder:
             files = ((file, file.relative_to(path).as_posix()) for file in _walk(path))
             found += itertools.islice(files, MAX_FILES + 1)
-        elif path.exists():
-            found.append((path, path.name))
         else:
-            raise BadInput(f"{path}: no such file or folder")
+            found.append((path, path.name))
         if len(found) > MAX_FILES:
-            raise BadInput(f"{path}: more than {MAX_FILES} files in one model")
+            raise BadInput(f"{_shown(path)}: more than {MAX_FILES} files in one model")
     if not found:
-        raise BadInput(f"nothing to add: no files in {', '.join(str(path) for path in paths)}")
+        raise BadInput(f"nothing to add: no files in {', '.join(map(_shown, paths))}")
     for _, name in found:
         check_path(name)
     check_paths([name for _, name in found])
     return sorted(found, key=lambda item: item[1])
 
 
+def _shown(path: Path) -> str:
+    """Return a path for an error message, which is one line whatever files are called."""
+    return str(path) if str(path).isprintable() else repr(str(path))
+
+
 def _walk(folder: Path) -> Iterator[Path]:
     def refuse(error: OSError) -> NoReturn:
-        raise BadInput(f"{error.filename}: cannot be read: {error.strerror}") from error
+        raise BadInput(
+            f"{_shown(Path(error.filename))}: cannot be read: {error.strerror}"
+        ) from error
 
     for parent, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = sorted(set(folders) - SKIPPED_FOLDERS)
         for name in folders:
-            if (Path(parent) / name).is_symlink():
-                raise BadInput(f"{Path(parent) / name}: a link to a folder; add that folder itself")
+            link = Path(parent) / name
+            if link.is_symlink():
+                raise BadInput(f"{_shown(link)}: a link to a folder; add that folder itself")
         for name in sorted(files):
             yield Path(parent) / name
 
@@ -103,8 +114,8 @@ def _open(path: Path) -> int:
                 return descriptor
             os.close(descriptor)
     except OSError as error:
-        raise BadInput(f"{path}: cannot be read: {error.strerror}") from error
-    raise BadInput(f"{path}: not a regular file")
+        raise BadInput(f"{_shown(path)}: cannot be read: {error.strerror}") from error
+    raise BadInput(f"{_shown(path)}: not a regular file")
 
 
 def _read_source(path: Path, name: str) -> _Source:
@@ -118,9 +129,9 @@ def _read_source(path: Path, name: str) -> _Source:
         try:
             layout = layout_of(name, state.size_bytes, read_at)
         except BadInput as error:
-            raise BadInput(f"{path}: {error}") from error
+            raise BadInput(f"{_shown(path)}: {error}") from error
         except OSError as error:
-            raise BadInput(f"{path}: cannot be read: {error.strerror}") from error
+            raise BadInput(f"{_shown(path)}: cannot be read: {error.strerror}") from error
     finally:
         os.close(descriptor)
     return _Source(path, name, state, layout)
@@ -187,7 +198,7 @@ def _add_file(source: _Source, builder: ManifestBuilder, adding: Adding, copy: b
     descriptor = _open(source.path)
     try:
         if FileState.of(os.fstat(descriptor)) != source.state:
-            raise BadInput(f"{source.path}: {_CHANGED}")
+            raise BadInput(f"{_shown(source.path)}: {_CHANGED}")
         wait_for_clock(source.state)
         by_range = {
             (piece.offset, piece.size_bytes): adding.take(
@@ -196,9 +207,11 @@ def _add_file(source: _Source, builder: ManifestBuilder, adding: Adding, copy: b
             for piece in source.layout.pieces
         }
         if FileState.of(os.fstat(descriptor)) != source.state:
-            raise BadInput(f"{source.path}: {_CHANGED}")
+            raise BadInput(f"{_shown(source.path)}: {_CHANGED}")
     except OSError as error:
-        raise BadInput(f"{source.path}: cannot be read: {error.strerror or error}") from error
+        raise BadInput(
+            f"{_shown(source.path)}: cannot be read: {error.strerror or error}"
+        ) from error
     finally:
         os.close(descriptor)
     if not copy:
@@ -233,9 +246,11 @@ def _hash_pieces(source: _Source, hasher: RangeHasher) -> dict[tuple[int, int], 
             list_digest = digest_of(chunk_list) if chunk_list else b""
             refs[piece.offset, piece.size_bytes] = ObjectRef(digest, piece.size_bytes, list_digest)
         if FileState.of(os.fstat(descriptor)) != source.state:
-            raise BadInput(f"{source.path}: {_CHANGED}")
+            raise BadInput(f"{_shown(source.path)}: {_CHANGED}")
     except OSError as error:
-        raise BadInput(f"{source.path}: cannot be read: {error.strerror or error}") from error
+        raise BadInput(
+            f"{_shown(source.path)}: cannot be read: {error.strerror or error}"
+        ) from error
     finally:
         os.close(descriptor)
     return refs

@@ -9,9 +9,10 @@ system (SIGBUS): do not write into files that are in use.
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import math
-import mmap
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from .dtypes import numpy_dtype
 from .errors import BadInput, StoreDamaged
 from .manifest import Manifest, NamedTensor
+from .mapping import Mapping
 from .reader import FileReader, InlineReader, read_all
 from .store import Store
 
@@ -96,7 +98,7 @@ class Loader:
     def __init__(self, store: Store, manifest: Manifest) -> None:
         self._store = store
         self._manifest = manifest
-        self._adopted: dict[Path, mmap.mmap] = {}
+        self._adopted: dict[Path, Mapping] = {}
         self._map_count = 0
 
     def load(self, tensor: NamedTensor) -> Array:
@@ -133,11 +135,20 @@ class Loader:
         """Return an object's bytes, mapped; copied when there are too many maps already."""
         mapped = self._adopted.get(reader.path)
         if mapped is None:
-            if self._map_count >= MAX_MAPS:
+            try:
+                mapped = self._map(reader)
+            except OSError as error:
+                if error.errno != errno.ENOMEM:
+                    raise
                 return np.frombuffer(bytes(read_all(reader)), np.uint8)
-            mapped = mmap.mmap(reader.descriptor, 0, access=mmap.ACCESS_READ)
-            self._map_count += 1
-            if reader.is_adopted:
-                self._adopted[reader.path] = mapped
         reader.confirm()  # the file that was mapped is the one that was hashed
-        return np.frombuffer(mapped, np.uint8, count=reader.size_bytes, offset=reader.start)
+        return np.asarray(mapped)[reader.start : reader.start + reader.size_bytes]
+
+    def _map(self, reader: FileReader) -> Mapping:
+        if self._map_count >= MAX_MAPS:
+            raise OSError(errno.ENOMEM, "too many files are mapped")
+        mapped = Mapping(reader.descriptor, os.fstat(reader.descriptor).st_size)
+        self._map_count += 1
+        if reader.is_adopted:
+            self._adopted[reader.path] = mapped
+        return mapped

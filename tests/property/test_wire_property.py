@@ -33,11 +33,12 @@ def tuples(items: st.SearchStrategy[object], most: int) -> st.SearchStrategy[tup
 @st.composite
 def have_entries(draw: st.DrawFn) -> wire.HaveEntry:
     if draw(st.booleans()):
-        return wire.HaveEntry(draw(digests), draw(st.integers(0, MAX_OBJECT_SIZE)), None)
-    size = draw(st.integers(0, MAX_SMALL_SIZE))
+        return wire.HaveEntry(draw(digests), draw(st.integers(0, MAX_OBJECT_SIZE)), None, b"")
+    size = draw(st.integers(CHUNK_SIZE + 1, MAX_SMALL_SIZE))
     chunks = chunk_count(size)
     bits = draw(st.integers(0, (1 << chunks) - 1))
-    return wire.HaveEntry(draw(digests), size, bits.to_bytes(-(-chunks // 8), "little"))
+    bitmap = bits.to_bytes(-(-chunks // 8), "little")
+    return wire.HaveEntry(draw(digests), size, bitmap, draw(digests))
 
 
 @st.composite
@@ -113,7 +114,7 @@ def test_messages_come_out_as_they_went_in_however_the_bytes_are_cut(
 @given(
     st.integers(0, 5),
     st.lists(
-        st.tuples(st.sampled_from((0, 9, 10_000, 1_000_000, 1 << 22)), st.booleans()), max_size=40
+        st.tuples(st.sampled_from((2, 9, 10_000, 1_000_000, 1 << 22)), st.booleans()), max_size=40
     ),
     st.integers(1, 400),
 )
@@ -122,10 +123,13 @@ def test_have_fits_frames_and_loses_nothing(
     request_id: int, shapes: list[tuple[int, bool]], repeat: int
 ) -> None:
     entries = [
-        wire.HaveEntry(bytes(32), chunks * CHUNK_SIZE, None if whole else bytes(-(-chunks // 8)))
+        wire.HaveEntry(bytes(32), chunks * CHUNK_SIZE, None, b"")
+        if whole
+        else wire.HaveEntry(bytes(32), chunks * CHUNK_SIZE, bytes(-(-chunks // 8)), b"\2" * 32)
         for chunks, whole in shapes
     ]
-    entries += [wire.HaveEntry(b"\1" * 32, 1 << 43, None)] * repeat * 50
+    entries += [wire.HaveEntry(b"\1" * 32, 1 << 43, None, b"")] * repeat * 50
+    entries += [wire.HaveEntry(b"\4" * 32, MAX_SMALL_SIZE, bytes(5), b"\2" * 32)] * repeat * 50
     frames = list(wire.fit_have(request_id, entries))
     assert [entry for frame in frames for entry in frame.entries] == entries
     assert [frame.last for frame in frames] == [False] * (len(frames) - 1) + [True]

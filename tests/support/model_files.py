@@ -82,7 +82,7 @@ def make_fine_tune(base: Path, folder: Path, pattern: str) -> FineTune:
     changed = [name for name in tensors if fnmatch.fnmatchcase(name, pattern)]
     assert changed, pattern
     for name in changed:
-        tensors[name] = tensors[name] + tensors[name].dtype.type(1)
+        tensors[name] = np.add(tensors[name], 1, dtype=tensors[name].dtype)
     write_safetensors(folder / WEIGHTS, tensors)
     return FineTune(folder, changed, sum(tensors[name].nbytes for name in changed))
 

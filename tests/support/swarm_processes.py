@@ -134,6 +134,7 @@ class Process:
         env: Mapping[str, str] | None = None,
     ) -> None:
         self.started_at = time.monotonic()
+        self._name = " ".join(arguments)
         self._popen = subprocess.Popen(
             arguments,
             stdin=subprocess.PIPE,
@@ -153,7 +154,7 @@ class Process:
         """Return the first wanted line of standard output."""
         line = self.stdout.wait_for(wanted, timeout_s)
         assert line is not None, (
-            f"{self._popen.args} ended before it printed what was waited for: "
+            f"{self._name} ended before it printed what was waited for: "
             f"{self.stdout.all()[-5:]} {self.stderr.wait_end()[-20:]}"
         )
         return line
@@ -177,7 +178,7 @@ class Process:
             return self._popen.wait(timeout_s)
         except subprocess.TimeoutExpired:
             raise AssertionError(
-                f"{self._popen.args} still runs after {timeout_s:g} s: {self.stderr.all()[-20:]}"
+                f"{self._name} still runs after {timeout_s:g} s: {self.stderr.all()[-20:]}"
             ) from None
 
     def close(self) -> None:
@@ -401,7 +402,14 @@ class Processes:
         self, store: Path, *arguments: str | Path, bootstrap: Sequence[str] = ()
     ) -> Node:
         """Start a node; `Node.wait_ready` waits for it, so that several start at once."""
-        where = ["--store", store, "--listen", LOOPBACK, "--json", *_bootstraps(bootstrap)]
+        where: list[str | Path] = [
+            "--store",
+            store,
+            "--listen",
+            LOOPBACK,
+            "--json",
+            *_bootstraps(bootstrap),
+        ]
         node = Node("node", *where, *arguments)
         self._stack.callback(node.close)
         return node
@@ -430,7 +438,7 @@ class Processes:
         bootstrap: Sequence[str] = (),
     ) -> Command:
         """Start ``fetch --json``."""
-        where = ["--store", store, "--json", *_bootstraps(bootstrap)]
+        where: list[str | Path] = ["--store", store, "--json", *_bootstraps(bootstrap)]
         return self.command("fetch", ref, *where, *arguments)
 
     def fetch(

@@ -41,7 +41,6 @@ from tests.support.store_world import (
     receive_all,
     ref_of,
     rubbish,
-    run_python,
     small_disk,
     write_safetensors,
 )
@@ -849,29 +848,6 @@ def test_many_small_tensors_take_few_commits(
     assert_sound(store)
 
 
-@pytest.mark.parametrize("copy", [True, False])
-def test_sparse_file_of_2_gb_in_little_memory(tmp_path: Path, copy: bool) -> None:
-    """Adopted, and copied as far as that goes: the disk need not have 2 GB to spare."""
-    path = tmp_path / "m.safetensors"
-    size = (2 << 30) if not copy else (256 << 20)
-    path.write_bytes(header({"a": tensor("U8", [size], 0, size)}))
-    os.truncate(path, path.stat().st_size + size)
-    printed = run_python(
-        "import resource, sys; from pathlib import Path\n"
-        "from tensorswarm.store.ingest import add_paths\n"
-        "from tensorswarm.store.store import Store\n"
-        "with Store(Path(sys.argv[1])) as store:\n"
-        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "    add_paths(store, [Path(sys.argv[2])], copy=sys.argv[3] == 'True')\n"
-        "    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "print((after - before) * (1 if sys.platform == 'darwin' else 1024))\n",
-        tmp_path / "store",
-        path,
-        str(copy),
-    )
-    assert int(printed) < (100 << 20)
-
-
 # ---- hashing
 
 
@@ -951,7 +927,7 @@ def test_empty_tensor_is_in_the_manifest_and_takes_no_row(store: Store, tmp_path
 
 def test_errors_are_of_the_project(store: Store, tmp_path: Path) -> None:
     """Whatever `add` is given, nothing foreign comes out."""
-    for path in ("/dev/null", "/proc/self/mem", "", "\0", "x" * 5000, "/"):
+    for path in ("/dev/null", "", "\0", "x" * 5000, "/"):
         try:
             add_paths(store, [Path(path) / "nothing" if path == "/" else Path(path)])
         except TensorswarmError:

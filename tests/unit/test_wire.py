@@ -232,11 +232,21 @@ def test_document_says_the_limits(name: str, text: str) -> None:
         ([4, (1 << 63) - 1, [DIGEST] * 8192], True, "want.digests"),
         ([4, 1, [DIGEST] * 8193], False, "want.digests"),
         ([6, [DIGEST] * 8192], True, "unwant.digests"),
-        ([5, 1, [[DIGEST, 1, None]] * 8192, True], True, "have.entries"),
-        ([5, 1, [[DIGEST, 1, None]] * 8193, True], False, "have.entries"),
-        ([5, 1, [[DIGEST, (4 << 40), b"\xff" * (512 << 10)]], True], True, "bitmap"),
-        ([5, 1, [[DIGEST, (4 << 40) + 1, b"\0" * ((512 << 10) + 1)]], True], False, "bitmap"),
-        ([5, 1, [[DIGEST, 1 << 44, None]], True], True, "size"),
+        ([5, 1, [[DIGEST, 1, None, b""]] * 8192, True], True, "have.entries"),
+        ([5, 1, [[DIGEST, 1, None, b""]] * 8193, True], False, "have.entries"),
+        ([5, 1, [[DIGEST, (4 << 40), b"\xff" * (512 << 10), OTHER]], True], True, "bitmap"),
+        ([5, 1, [[DIGEST, (4 << 40) + 1, bytes((512 << 10) + 1), OTHER]], True], False, "bitmap"),
+        ([5, 1, [[DIGEST, 1 << 44, None, b""]], True], True, "size"),
+        ([5, 1, [[DIGEST, MIB + 1, b"\3", OTHER]], True], True, "part of two chunks"),
+        ([5, 1, [[DIGEST, MIB, b"\1", OTHER]], True], False, "part of one chunk"),
+        ([5, 1, [[DIGEST, MIB, b"\1", b""]], True], False, "part of one chunk, no list"),
+        ([5, 1, [[DIGEST, 0, b"", b""]], True], False, "part of nothing"),
+        ([5, 1, [[DIGEST, MIB + 1, b"\3", b""]], True], False, "part without a list"),
+        ([5, 1, [[DIGEST, MIB + 1, b"\3", None]], True], False, "part with nil as list"),
+        ([5, 1, [[DIGEST, MIB + 1, b"\3"]], True], False, "part without the field"),
+        ([5, 1, [[DIGEST, MIB + 1, b"\3", OTHER[1:]]], True], False, "list of 31 bytes"),
+        ([5, 1, [[DIGEST, MIB + 1, None, OTHER]], True], False, "whole with a list"),
+        ([5, 1, [[DIGEST, MIB + 1, None, None]], True], False, "whole with nil as list"),
         ([7, 1, [[DIGEST, 0]] * 1024], True, "items"),
         ([7, 1, [[DIGEST, 0]] * 1025], False, "items"),
         ([8, 1, [[DIGEST, 1, 0, b"x"]] * 1024, True], True, "pieces"),
@@ -328,10 +338,11 @@ def test_printable_text_may_always_be_sent() -> None:
         wire.Want(0, (DIGEST,)),
         wire.Want(True, (DIGEST,)),
         wire.Want(1, (DIGEST[:31],)),
-        wire.Have(1, (wire.HaveEntry(DIGEST, 9 * MIB, b"\xff"),), last=True),
-        wire.Have(1, (wire.HaveEntry(DIGEST, 4 << 40, bytes(512 << 10)),) * 2, last=True),
+        wire.Have(1, (wire.HaveEntry(DIGEST, 9 * MIB, b"\xff", OTHER),), last=True),
+        wire.Have(1, (wire.HaveEntry(DIGEST, 8 * MIB, b"\xff", b""),), last=True),
+        wire.Have(1, (wire.HaveEntry(DIGEST, 4 << 40, bytes(512 << 10), OTHER),) * 2, last=True),
     ],
-    ids=["unknown", "control", "id 0", "bool id", "digest", "bitmap", "frame over the limit"],
+    ids=["unknown", "control", "id 0", "bool id", "digest", "bitmap", "list", "frame too long"],
 )
 def test_our_own_mistakes_are_not_sent(message: wire.Message) -> None:
     with pytest.raises(BadInput):
@@ -440,7 +451,7 @@ def test_empty_answers_are_one_frame_and_empty_news_none() -> None:
 
 
 def test_have_with_long_bitmaps_takes_several_frames() -> None:
-    entries = [wire.HaveEntry(bytes([i]) * 32, 3 << 40, bytes(384 << 10)) for i in range(5)]
+    entries = [wire.HaveEntry(bytes([i]) * 32, 3 << 40, bytes(384 << 10), OTHER) for i in range(5)]
     frames = list(wire.fit_have(3, entries))
     assert [len(frame.entries) for frame in frames] == [2, 2, 1]
     assert [frame.last for frame in frames] == [False, False, True]
@@ -448,8 +459,8 @@ def test_have_with_long_bitmaps_takes_several_frames() -> None:
 
 
 def test_have_leaves_out_what_cannot_be_told() -> None:
-    giant = wire.HaveEntry(DIGEST, 8 << 40, bytes(1 << 20))
-    small = wire.HaveEntry(OTHER, 1, None)
+    giant = wire.HaveEntry(DIGEST, 8 << 40, bytes(1 << 20), OTHER)
+    small = wire.HaveEntry(OTHER, 1, None, b"")
     assert list(wire.fit_have(3, [giant, small])) == [wire.Have(3, (small,), last=True)]
 
 
