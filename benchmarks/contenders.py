@@ -65,7 +65,7 @@ def _fetch(command: list[str], server: Server | None) -> Measurement:
 
 
 class Tensorswarm:
-    """This project: TLS, every chunk verified, into an empty store."""
+    """Ourselves: TLS, every chunk verified, into an empty store."""
 
     name = "tensorswarm"
 

@@ -15,7 +15,6 @@ from tensorswarm.store.incoming import ChunkMismatch, Incoming
 
 from .source import Failure, Outcome, WantedObject
 
-
 WAKE_INTERVAL_S = 0.02
 """How long news that need no decision may wait. Waking the task for each chunk costs
 more than the chunk's planning, and takes the interpreter from the threads that receive."""
@@ -97,8 +96,8 @@ class EventQueue:
     """A `Report` that carries events from worker threads into a trio task.
 
     Each event carries the time it happened at, so that waiting in the queue does not
-    spoil what is measured. The queue needs no bound of its own: there are no more events than there are chunks
-    in flight, and the planner bounds those.
+    spoil what is measured. The queue needs no bound of its own: there are no more
+    events than there are chunks in flight, and the planner bounds those.
     """
 
     def __init__(self) -> None:
