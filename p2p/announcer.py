@@ -76,7 +76,6 @@ class Announcer:
         self._neighbours = neighbours
         self._log = log
         self._known: dict[bytes, int] = {}
-        self._confirmed: set[bytes] = set()
 
     async def run(self) -> None:
         """Watch and announce until cancelled."""
@@ -105,12 +104,11 @@ class Announcer:
             [wire.HaveEntry(digest, size, None, b"") for digest, size in new.items() if size]
         )
         announced = await self._discovery.announce(list(new))
-        self._confirmed |= announced.confirmed
-        self._log(
-            f"announced {len(announced.confirmed)} of {len(new)} keys"
-            if announced.confirmed
-            else f"{len(new)} keys to announce, and no other DHT node to take them yet"
-        )
+        if announced.confirmed:
+            self._log(f"announced {len(announced.confirmed)} of {len(new)} keys")
+        else:
+            # The DHT's own task repeats it as soon as another node is there.
+            self._log(f"{len(new)} keys to announce, once there is another DHT node")
 
     async def _sync_regularly(self) -> None:
         while True:

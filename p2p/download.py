@@ -243,6 +243,9 @@ class Download:
             self._moved_at = now
             self._planner.chunk_proved(now, source, index, chunk, byte_count)
             self._changed.add(index)
+            giver = self._sources.get(source)
+            if giver is not None:
+                giver.dropped = False  # it was given up and came back, and gives again
             self._on_progress(byte_count)
         elif outcome is Outcome.DUPLICATE:
             self._planner.chunk_duplicate(now, source, index, chunk, byte_count)
@@ -292,7 +295,6 @@ class Download:
             if not addresses:
                 return
             source.worker = PeerSource(name, addresses, self._identity, self._sink, self._events)
-        source.dropped = False
         self._planner.add_source(now, name, source.kind)
         for index, proved in source.holds.items():
             self._planner.source_holds(now, name, index, proved)

@@ -272,7 +272,10 @@ class Fetch:
             return True if needed.keys() <= found.keys() else None
 
         if not needed.keys() <= found.keys():
-            await self._inquiry.until_found(keys, ask, "a list of chunks")
+            largest = sorted((ref for ref in refs if ref.chunk_list), key=lambda r: -r.size_bytes)
+            await self._inquiry.until_found(
+                [*keys, *(ref.digest for ref in largest)], ask, "a list of chunks"
+            )
         return found
 
     # ---- objects

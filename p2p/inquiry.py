@@ -15,7 +15,7 @@ import trio
 from tensorswarm.store.errors import NoSource, NotFound, ProtocolError, RemoteError
 
 from .neighbour import Neighbour
-from .search import Search
+from .search import MAX_KEYS_PER_ROUND, Search
 from .services import Services
 
 T = TypeVar("T")
@@ -31,6 +31,13 @@ in which a provider that has just started gets its announcement through."""
 def pause_s(round_number: int) -> float:
     """Return the pause after a round, in seconds."""
     return SEARCH_PAUSES_S[min(round_number, len(SEARCH_PAUSES_S) - 1)]
+
+
+def in_turn(keys: Sequence[bytes], round_number: int) -> list[bytes]:
+    """Return the keys to look up in a round: the first always, the others in turn."""
+    first, rest = list(keys[:1]), list(keys[1:])
+    start = round_number * (MAX_KEYS_PER_ROUND - 1) % max(1, len(rest))
+    return first + rest[start:] + rest[:start]
 
 
 class Inquiry:
@@ -71,7 +78,8 @@ class Inquiry:
         Parameters
         ----------
         keys : sequence of bytes
-            Digests under which the DHT is asked for more peers.
+            Digests under which the DHT is asked for more peers: the first in every
+            round, the others in turn.
         ask : callable
             Asks one neighbour; None means that it does not know.
         what : str
@@ -91,7 +99,7 @@ class Inquiry:
             if answer is not None:
                 return answer
             with trio.move_on_at(deadline):
-                await self._search.round(keys, widely=number > 0)
+                await self._search.round(in_turn(keys, number), widely=number > 0)
                 answer = await self._ask_all(ask)
                 if answer is not None:
                     return answer

@@ -200,7 +200,7 @@ class _Desk:
         self._queue: deque[_Job] = deque()
         self._jobs: dict[int, _Job] = {}
         self._waiting = 0
-        self._links: dict[_Worker, BulkConnection | None] = {}
+        self._links: dict[_Worker, BulkConnection] = {}
         self.stopped = False
 
     def submit(self, request: Request) -> None:
@@ -233,12 +233,12 @@ class _Desk:
         with self._changed:
             return self._queue.popleft() if len(self._queue) > self._waiting else None
 
-    def link(self, worker: _Worker, connection: BulkConnection | None) -> None:
+    def link(self, worker: _Worker, connection: BulkConnection) -> None:
         """Note the connection that a worker has or is making, so that it can be cut."""
         with self._changed:
             self._links[worker] = connection
             stopped = self.stopped
-        if stopped and connection is not None:
+        if stopped:
             connection.abort()
 
     def unlink(self, worker: _Worker) -> None:
@@ -270,8 +270,7 @@ class _Desk:
             connections = list(self._links.values())
             self._changed.notify_all()
         for connection in connections:
-            if connection is not None:
-                connection.abort()
+            connection.abort()
         return True
 
     def fail(self, failure: Failure, detail: str) -> None:

@@ -311,7 +311,7 @@ def _new_object(incoming: Incoming) -> NewObject:
 def _merge_bitmaps(db: sqlite3.Connection, dirty: set[Incoming], boot: str) -> None:
     """Write bitmaps as they are now, together with what other processes proved."""
     whole = present(db, [incoming.digest for incoming in dirty])
-    for incoming in dirty:
+    for incoming in sorted(dirty, key=lambda each: not each.is_shown):  # first here as well
         if incoming.digest in whole or incoming.finished.done():
             continue
         key = (incoming.digest, incoming.chunk_list_digest)

@@ -18,6 +18,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from tensorswarm.store.errors import BadInput, TensorswarmError
 from tensorswarm.store.version import VERSION
@@ -34,6 +35,18 @@ MAX_BOOTSTRAP_FILE_BYTES = 1 << 20
 """Largest file read for ``--bootstrap @FILE``; an address has under 512 characters."""
 
 Handler = Callable[[argparse.Namespace, Output], int]
+
+
+class UsageError(BadInput):
+    """The command line could not be read (exit 2)."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises its errors, so that ``--json`` holds for them too."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what is wrong, with the way to find out what is right."""
+        raise UsageError(f"{message} (see `{self.prog} --help`)")
 
 
 def positive_seconds(text: str) -> float:
@@ -54,15 +67,15 @@ def port_number(text: str) -> int:
     return int(text)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Return the parser of the whole command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="tensorswarm",
         description="Share and fetch model weights by the hash of each tensor's bytes.",
         epilog="A REF is a model id, a tensor's CID or 64-digit digest, or a local path.",
     )
     parser.add_argument("--version", action="version", version=f"tensorswarm {VERSION}")
-    common = argparse.ArgumentParser(add_help=False)
+    common = Parser(add_help=False)
     common.add_argument(
         "--store",
         type=Path,
@@ -70,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="the store (else $TENSORSWARM_HOME, else the platform's data folder)",
     )
     common.add_argument("--json", action="store_true", help="print one JSON document")
-    network = argparse.ArgumentParser(add_help=False)
+    network = Parser(add_help=False)
     network.add_argument(
         "--bootstrap",
         action="append",
@@ -81,9 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    def command(
-        name: str, handler: Handler, summary: str, *parents: argparse.ArgumentParser
-    ) -> argparse.ArgumentParser:
+    def command(name: str, handler: Handler, summary: str, *parents: Parser) -> Parser:
         sub = subparsers.add_parser(
             name, help=summary, description=summary, parents=[common, *parents]
         )
@@ -95,7 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_local_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
+def _add_local_commands(command: Callable[..., Parser]) -> None:
     sub = command("add", commands.add, "add a model's files to the store")
     sub.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="files and folders")
     sub.add_argument(
@@ -114,9 +125,7 @@ def _add_local_commands(command: Callable[..., argparse.ArgumentParser]) -> None
     _add_include(sub)
 
 
-def _add_network_commands(
-    command: Callable[..., argparse.ArgumentParser], network: argparse.ArgumentParser
-) -> None:
+def _add_network_commands(command: Callable[..., Parser], network: Parser) -> None:
     sub = command("node", commands.node, "run a peer until interrupted", network)
     sub.add_argument(
         "--listen",
@@ -160,7 +169,7 @@ def _add_network_commands(
     _add_timeout(sub)
 
 
-def _add_include(sub: argparse.ArgumentParser) -> None:
+def _add_include(sub: Parser) -> None:
     sub.add_argument(
         "--include",
         action="append",
@@ -170,7 +179,7 @@ def _add_include(sub: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_timeout(sub: argparse.ArgumentParser) -> None:
+def _add_timeout(sub: Parser) -> None:
     sub.add_argument(
         "--timeout",
         type=positive_seconds,
@@ -200,7 +209,12 @@ def expand_bootstrap(texts: Sequence[str]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
-    args = build_parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        args = build_parser().parse_args(given)
+    except UsageError as error:
+        Output(as_json="--json" in given).error(str(error), error.exit_code)
+        return error.exit_code
     output = Output(as_json=args.json)
     debug = os.environ.get(DEBUG_VARIABLE) == "1"
     try:

@@ -201,7 +201,6 @@ def test_a_peer_whose_disk_hangs_is_replaced(
     fetch = processes.start_fetch(
         middling.id, store, "--out", out, bootstrap=[stuck.addr, other.addr]
     )
-    stuck.wait_read(4 * MIB)
     result = fetch.complete()
     assert result.exit_code == 0, result
     sources = result.sources()

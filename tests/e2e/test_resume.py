@@ -66,7 +66,7 @@ def test_killed_while_an_origin_gives(processes: Processes, tmp_path: Path) -> N
         processes, make_random_model(tmp_path / "files", sizes, seed=4), tmp_path / "origin"
     )
     teller = processes.evil_peer(model.store, "--hide")
-    origin = processes.nginx(model.folder, limit_rate=4 * MIB)
+    origin = processes.nginx(model.folder, limit_rate=8 * MIB)
     store, out = tmp_path / "store", tmp_path / "out"
     arguments = ("--origin", origin.url, "--out", out)
     kills = 3

@@ -209,5 +209,8 @@ class StoreMachine(RuleBasedStateMachine):
         assert [name for name in names if not name.endswith(".lock")] == []
 
 
-StoreMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+# Half the usual number: each example does thirty things to a store on a disk.
+StoreMachine.TestCase.settings = settings(
+    max_examples=settings().max_examples // 2, stateful_step_count=30
+)
 test_store_against_its_model = StoreMachine.TestCase

@@ -7,6 +7,7 @@ neighbours are not: they say what a test has them say, in real frames.
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -249,6 +250,24 @@ def test_an_entry_replaces_what_the_peer_said_before(stores: tuple[Store, Store]
 
 
 # ---- what we tell
+
+
+def test_a_part_is_not_given_as_a_blob_though_every_chunk_matched(
+    stores: tuple[Store, Store],
+) -> None:
+    """By a false list it would not match the digest, and the asker would drop us."""
+    ours, _ = stores
+    may_hash = threading.Event()
+    ours._receiver._finisher.submit(may_hash.wait, DEADLINE_S)
+    poisoned = prove(begin_poisoned(ours), FALSE, 0, 1, 2, 3)
+    try:
+        assert Answers(ours).holdings([DIGEST]) == part(0b1111, FALSE_LIST)
+        request = wire.GetBlobs(1, (wire.BlobItem(DIGEST, 0),))
+        assert list(Answers(ours).blob_frames(request)) == [wire.Blobs(1, (), last=True)]
+    finally:
+        may_hash.set()
+    with pytest.raises(HashMismatch):
+        poisoned.finished.result(DEADLINE_S)
 
 
 @pytest.mark.parametrize("false_first", [False, True], ids=["alone", "a false one is shown"])
