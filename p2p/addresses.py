@@ -287,6 +287,8 @@ def believable(addrs: Iterable[str], told_by: str | None) -> tuple[str, ...]:
     """
     # Nobody is told of addresses further inside than the teller itself is seen to be.
     innermost = Scope.GLOBAL if told_by is None else scope_of(told_by)
+    if innermost is Scope.LINK_LOCAL:
+        innermost = Scope.PRIVATE
     kept: dict[str, None] = {}
     for addr in addrs:
         if len(kept) == MAX_ADDRS_PER_PEER:
@@ -297,7 +299,7 @@ def believable(addrs: Iterable[str], told_by: str | None) -> tuple[str, ...]:
             continue  # another transport, or nonsense: of no use to us
         if port == 0 or _is_name(host):
             continue
-        if scope_of(host) >= max(innermost, Scope.LOOPBACK):
+        if innermost is not Scope.UNUSABLE and scope_of(host) >= innermost:
             kept[multiaddr_of(host, port)] = None
     return tuple(kept)
 

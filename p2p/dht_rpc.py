@@ -243,6 +243,7 @@ def addr_text(raw: bytes) -> str | None:
     if len(raw) > _MAX_ADDR_BYTES:
         return None
     try:
-        return str(Multiaddr(raw))
+        text = str(Multiaddr(raw))
     except Exception:  # the library raises many kinds; all mean "not a multiaddr"
         return None
+    return text if text.isprintable() else None

@@ -208,7 +208,13 @@ CLAIMED = (
 
 
 def test_a_stranger_cannot_send_us_to_loopback_names_or_metadata_services() -> None:
-    assert believable(CLAIMED, told_by="8.8.4.4") == (
+    assert believable(CLAIMED, told_by="8.8.4.4") == ("/ip4/8.8.8.8/tcp/4001",)
+    assert believable(CLAIMED, told_by=None) == ("/ip4/8.8.8.8/tcp/4001",)
+
+
+@pytest.mark.parametrize("teller", ["192.168.1.7", "fe80::1"])
+def test_a_peer_on_the_local_network_may_name_private_addresses(teller: str) -> None:
+    assert believable(CLAIMED, told_by=teller) == (
         "/ip4/10.0.0.9/tcp/4001",
         "/ip4/8.8.8.8/tcp/4001",
     )
