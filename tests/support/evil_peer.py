@@ -27,6 +27,7 @@ import trio
 from tensorswarm.p2p.node import LOOPBACK_LISTEN, Node
 from tensorswarm.store.digest import CHUNK_SIZE
 from tensorswarm.store.reader import ObjectReader
+from tensorswarm.store.records import ObjectRecord
 from tensorswarm.store.store import Holding, Store
 
 SLICE_BYTES = 64 << 10
@@ -111,11 +112,17 @@ class EvilStore(Store):
         Whether it denies to hold any of its models' bytes.
     pretends : bool
         Whether it claims to hold all of its models' bytes, and gives none.
+
+    Attributes
+    ----------
+    lie_size : int or None
+        The size it gives every object, in bytes, once this is set.
     """
 
     def __init__(
         self, root: Path, line: Line, altered_every: int, hides: bool, pretends: bool
     ) -> None:
+        self.lie_size: int | None = None
         super().__init__(root)
         self._sizes: dict[bytes, int] = {}
         self._line = line
@@ -128,6 +135,12 @@ class EvilStore(Store):
             if (manifest := self.manifest(model.digest)) is not None
             for ref in manifest.objects
         }
+
+    def records(self, digests: Sequence[bytes]) -> dict[bytes, ObjectRecord]:
+        found = super().records(digests)
+        if self.lie_size is None:
+            return found
+        return {d: r._replace(size_bytes=self.lie_size, chunk_list=b"") for d, r in found.items()}
 
     def holdings(self, digests: Sequence[bytes]) -> dict[bytes, Holding]:
         held = super().holdings(digests)
@@ -164,6 +177,7 @@ async def _run(args: argparse.Namespace) -> None:
             trio.open_nursery() as nursery,
             Node(store, listen=[LOOPBACK_LISTEN], bootstrap=args.bootstrap) as node,
         ):
+            store.lie_size = args.false_size
             if args.discreet:
                 node.neighbours.peers_for = lambda digest, asker: []  # type: ignore[method-assign]
             print(json.dumps({"peer_id": node.peer_id, "addrs": list(node.addrs)}), flush=True)
@@ -181,6 +195,7 @@ def main() -> None:
     parser.add_argument("--alter-every", type=int, default=0, help="alter every n-th chunk")
     parser.add_argument("--hang-after", type=int, help="give so many bytes, then nothing")
     parser.add_argument("--hide", action="store_true", help="deny to hold any model bytes")
+    parser.add_argument("--false-size", type=int, help="say that every object has this size")
     parser.add_argument("--pretend", action="store_true", help="claim all, give nothing")
     parser.add_argument(
         "--discreet", action="store_true", help="tell nobody of neighbours, outside the DHT"
