@@ -25,6 +25,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 
 from tensorswarm.store.errors import NoSource, ProtocolError, Refused, RemoteError
 
@@ -41,6 +42,15 @@ STALL_TIMEOUT_S = 3.0
 
 RECEIVE_BUFFER_BYTES = 32 << 10
 """Room for heads: an unfinished one and a whole TLS record (16 KiB) behind it."""
+
+NEAR_ROUND_TRIP_S = 0.001
+"""Round trip up to which a peer counts as near: this machine, or its own network."""
+
+NEAR_RECEIVE_BYTES = 4 << 20
+"""The kernel's receive buffer for a near peer: 4 GB/s at that round trip. Left to
+itself Linux lets it grow to 32 MiB, which is more than a processor's cache holds; one
+connection on one machine then verifies and stores 810 MB/s instead of 940. For peers
+further away the kernel decides: there the bytes under way need the room."""
 
 _SHORTEST_WAIT_S = 0.001  # a timeout of 0 would mean "do not wait at all"
 
@@ -143,7 +153,10 @@ class BulkConnection:
         try:
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             raw.settimeout(_left_s(deadline))
+            started = time.monotonic()
             raw.connect((host, port))
+            if time.monotonic() - started < NEAR_ROUND_TRIP_S and _is_granted(NEAR_RECEIVE_BYTES):
+                raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, NEAR_RECEIVE_BYTES)
             raw.settimeout(_left_s(deadline))
             with self._abort_lock:
                 self._socket = self._identity.client_context.wrap_socket(
@@ -309,3 +322,16 @@ class BulkConnection:
 
 def _left_s(deadline: float) -> float:
     return max(_SHORTEST_WAIT_S, deadline - time.monotonic())
+
+
+@cache
+def _is_granted(receive_bytes: int) -> bool:
+    """Tell whether the system allows a receive buffer of that size.
+
+    Asked on a socket of its own: a smaller one than wanted could not be given back to
+    the kernel's care.
+    """
+    with socket.socket() as probe, suppress(OSError):  # macOS refuses instead of giving less
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+        return probe.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) >= receive_bytes
+    return False

@@ -7,9 +7,9 @@ hands, whoever put them there.
 
 What is read is hashed once. A large range is copied while it is hashed if its first
 chunk tells that it is new; otherwise it is hashed first, and mostly turns out to be known.
-Small objects gather in a file, and go into the index all at once at the end. That is fast,
-and on a full disk it fails without a trace: rows that are committed already could not
-be taken out of a full index again.
+Small objects gather in a file, and go into the index together with the model, in one
+transaction. That is fast, and on a full disk it fails without a trace: rows that are
+committed already might find no room to be taken out again.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from typing import BinaryIO
 from .digest import CHUNK_SIZE, digest_of
 from .errors import TensorswarmError
 from .hashing import RangeHasher, chunk_digests
-from .manifest import ObjectRef
+from .manifest import Manifest, ObjectRef
 from .objects import INLINE_LIMIT, AdoptedRange
-from .place import COPY_BUFFER_SIZE, disk_errors, remove_file
+from .place import COPY_BUFFER_SIZE, WRITE_SLICE, disk_errors, remove_file
 from .records import FileState, NewObject, ObjectPlace, head_of, insert_object
 from .store import Store
 
@@ -62,24 +62,26 @@ class Adding:
     ----------
     name : str
         The name the objects are put in under.
-    new_bytes : int
-        Bytes of the objects that were new to the store, chunk lists left out.
     """
 
     def __init__(self, store: Store, copy: bool, progress: Progress) -> None:
         self.name = store.place.unique_name()
-        self.new_bytes = 0
+        self._new: dict[bytes, int] = {}
         self._store = store
         self._copy = copy
         self._progress = progress
         self._hasher = RangeHasher()
         self._refs: dict[bytes, ObjectRef] = {}
         self._heads: set[int] = set()
-        self._lists: set[bytes] = set()
         self._attempted: list[bytes] = []
         self._stage = _Stage(store)
         self._ranges: list[AdoptedRange] = []
         self._pending: deque[Future[None]] = deque()
+
+    @property
+    def new_bytes(self) -> int:
+        """Bytes of the objects that were new to the store, chunk lists left out."""
+        return sum(self._new.values())
 
     def close(self) -> None:
         """End the thread that hashes, and let go of what is staged."""
@@ -96,9 +98,10 @@ class Adding:
         with contextlib.suppress(TensorswarmError):
             self._store.undo(self.name, self._attempted)
 
-    def forget_what_is_here(self) -> None:
+    def begin_anew(self) -> None:
         """Look at the store again for everything: another `add` took back what we relied on."""
         self._refs.clear()
+        self._stage.close()
 
     def finish_file(self, path: Path, state: FileState) -> None:
         """Put the ranges of a file in that was not copied, in the state it was hashed in.
@@ -112,17 +115,23 @@ class Adding:
             self._await(self._store.keep_ranges(path, state, self._ranges))
             self._ranges = []
 
-    def settle(self) -> None:
-        """Return once everything is in the index.
+    def complete(self, manifest: Manifest, name: str) -> bool:
+        """Put the model in, together with the small objects that still wait.
+
+        Returns
+        -------
+        bool
+            False if an object is missing that was here: somebody took it away.
 
         Raises
         ------
         NoRoom, LocalError
             Something could not be put in.
         """
-        self._put_staged()
         while self._pending:
             self._pending.popleft().result()
+        operation = self._staged_operation(added_by=None)
+        return self._store.put_complete(manifest, name, self.name, operation)
 
     def take(self, descriptor: int, offset: int, size_bytes: int) -> ObjectRef:
         """Put a range of an open file into the store, unless it is there.
@@ -150,12 +159,12 @@ class Adding:
         if len(view) <= INLINE_LIMIT:
             self._put_later(new, view)
         elif not self._is_here(new, chunk_list):
-            self.new_bytes += len(view)
+            self._new[digest] = len(view)
             if self._copy:
                 self._attempted.append(digest)
-                self._await(self._store.keep_bytes(new, view))
+                self._await(self._store.keep_bytes(new, view, chunk_list))
             else:
-                self._ranges.append(AdoptedRange(new, offset))
+                self._ranges.append(AdoptedRange(new, offset, chunk_list))
         return ObjectRef(digest, len(view), new.chunk_list)
 
     def _take_large(self, descriptor: int, offset: int, size_bytes: int) -> ObjectRef:
@@ -169,8 +178,8 @@ class Adding:
             if self._is_here(new, chunk_list):
                 return ref
             if not self._copy:
-                self.new_bytes += size_bytes
-                self._ranges.append(AdoptedRange(new, offset))
+                self._new[digest] = size_bytes
+                self._ranges.append(AdoptedRange(new, offset, chunk_list))
                 return ref
         return self._copy_range(descriptor, offset, size_bytes)
 
@@ -188,9 +197,9 @@ class Adding:
             if self._is_here(new, chunk_list):
                 remove_file(path)
             else:
-                self.new_bytes += size_bytes
+                self._new[digest] = size_bytes
                 self._attempted.append(digest)
-                self._await(self._store.keep_file(path, new))
+                self._await(self._store.keep_temporary(path, new, chunk_list))
         except BaseException:
             remove_file(path)
             raise
@@ -201,30 +210,29 @@ class Adding:
         return NewObject(digest, size_bytes, list_digest, head_of(digest, chunk_list), self.name)
 
     def _is_here(self, new: NewObject, chunk_list: bytes) -> bool:
-        """Tell whether an object is in the store or on its way; put its chunk list there."""
+        """Tell whether an object is in the store or on its way, with its chunk list."""
         if new.digest in self._refs:
             return True
-        if len(chunk_list) > INLINE_LIMIT:
-            self._store.put_blob(chunk_list, added_by=self.name)
-        elif chunk_list and new.chunk_list not in self._lists:
-            self._lists.add(new.chunk_list)
-            list_object = self._new_object(new.chunk_list, len(chunk_list), b"")
-            self._put_later(list_object, chunk_list)
         reader = self._store.open_whole(new.digest)
-        if reader is not None:
-            reader.close()
-        return reader is not None
+        if reader is None:
+            return False
+        reader.close()
+        if chunk_list:
+            self._store.put_blob(chunk_list, added_by=self.name)  # in case it was lost
+        return True
 
-    def _put_later(self, new: NewObject, data: bytes | memoryview) -> None:
+    def _put_later(self, new: NewObject, data: memoryview) -> None:
         self._stage.add(new, data)
         if self._stage.is_full():
-            self._put_staged()
+            self._store.index.write(self._staged_operation(added_by=self.name))
+            self._stage.close()
 
-    def _put_staged(self) -> None:
+    def _staged_operation(self, added_by: str | None) -> Callable[[sqlite3.Connection], None]:
+        """Return the operation that puts in what is staged and not known yet."""
         known = self._store.records([new.digest for new in self._stage.objects()])
-        fresh = [new for new in self._stage.objects() if new.digest not in known]
-        self.new_bytes += sum(new.size_bytes for new in fresh if new.digest not in self._lists)
-        self._stage.put({new.digest for new in fresh})
+        fresh = {n.digest: n.size_bytes for n in self._stage.objects() if n.digest not in known}
+        self._new |= fresh
+        return self._stage.inserting(frozenset(fresh), added_by)
 
     def _await(self, future: Future[None]) -> None:
         """Let an operation go on; wait for the oldest when there are too many."""
@@ -261,28 +269,29 @@ class _Stage:
         """Tell whether it is time to put what is staged into the index."""
         return self._size_bytes >= MAX_STAGED_BYTES or len(self._entries) >= MAX_STAGED_OBJECTS
 
-    def add(self, new: NewObject, data: bytes | memoryview) -> None:
+    def add(self, new: NewObject, data: memoryview) -> None:
         """Stage an object."""
         with disk_errors("cannot write to the store"):
             if self._file is None:
-                self._file = self._path.open("w+b", buffering=CHUNK_SIZE)
+                self._file = self._path.open("w+b", buffering=WRITE_SLICE)
             self._file.write(data)
         self._entries.append((new, self._size_bytes))
         self._size_bytes += len(data)
 
-    def put(self, chosen: set[bytes]) -> None:
-        """Put the chosen objects into the index in one transaction, and drop the others."""
+    def inserting(
+        self, chosen: frozenset[bytes], added_by: str | None
+    ) -> Callable[[sqlite3.Connection], None]:
+        """Return the operation that puts the chosen objects into the index."""
         file, entries = self._file, self._entries
-        if file is None:
-            return
+        if file is not None:
+            with disk_errors("cannot write to the store"):
+                file.flush()
 
         def operation(db: sqlite3.Connection) -> None:
             for new, offset in entries:
-                if new.digest in chosen:
+                if file is not None and new.digest in chosen:
                     data = os.pread(file.fileno(), new.size_bytes, offset)
+                    new = new._replace(added_by=added_by)
                     insert_object(db, new, ObjectPlace.INLINE, data=data)
 
-        with disk_errors("cannot write to the store"):
-            file.flush()
-        self._store.index.write(operation)
-        self.close()
+        return operation

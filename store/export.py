@@ -16,7 +16,7 @@ from .checking import iterate_object
 from .errors import BadInput, StoreDamaged
 from .manifest import FileEntry, Manifest
 from .names import check_path
-from .place import disk_errors, remove_file
+from .place import disk_errors, remove_file, write_fully
 from .store import Store
 
 Progress = Callable[[int], None]
@@ -128,10 +128,11 @@ def _write(target: Path, pieces: Iterable[memoryview], size_bytes: int | None = 
     temporary = target.with_name(f".tensorswarm-{uuid.uuid4().hex}.part")
     try:
         with disk_errors(f"cannot write {target}"):
-            with temporary.open("xb") as output:
+            size = 0
+            with temporary.open("xb", buffering=0) as output:
                 for piece in pieces:
-                    output.write(piece)
-                size = output.tell()
+                    write_fully(output.fileno(), size, piece)
+                    size += len(piece)
             if size_bytes is not None and size != size_bytes:
                 raise StoreDamaged(f"{target}: its parts have {size} bytes, it has {size_bytes}")
             os.replace(temporary, target)

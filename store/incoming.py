@@ -2,10 +2,10 @@
 
 `Incoming` takes the chunks of one object in any order from any thread. An object
 of one chunk goes straight to its place. A larger one is a sparse file and a
-bitmap of proved chunks; when the last chunk is proved the whole is hashed once
-more against the object's own digest, because the chunk list came from whoever
-wrote the manifest, and a false list must never put false bytes under a digest
-that other models share.
+bitmap of proved chunks; every chunk is hashed a second time, in order, into the
+digest of the whole, which must be the object's own: the chunk list came from whoever
+wrote the manifest, and a false list must never put false bytes under a digest that
+other models share.
 
 The bitmap reaches the index now and then. After a crash it does not matter if it
 is behind: chunks that lie in the file unclaimed are hashed and claimed.
@@ -25,6 +25,8 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Protocol
+
+from blake3 import blake3
 
 from . import bitmap
 from .digest import CHUNK_SIZE, DIGEST_SIZE, chunk_count, chunk_length, digest_of
@@ -117,6 +119,9 @@ class Incoming:
         self._missing = self.chunk_count
         self._has_file = False
         self._is_over = False
+        self._whole = blake3()
+        self._whole_chunks = 0
+        self._whole_lock = threading.Lock()
         self.finished: Future[None] = Future()
         self.is_shown = False
 
@@ -167,7 +172,44 @@ class Incoming:
             if not self.is_missing(chunk):
                 return False
             self._keeper.vanished(self)
+        self._hash_in_order(chunk, data)
         return self._claim(chunk, data)
+
+    def _hash_in_order(self, chunk: int, data: memoryview) -> None:
+        """Take a chunk into the digest of the whole, if it is the next one in order.
+
+        Here the bytes are still in the processor's cache: hashing them now saves reading
+        them back. Chunks that come out of order are read back by `whole_digest`.
+        """
+        if self.chunk_count > 1 and self._whole_lock.acquire(blocking=False):
+            try:
+                if chunk == self._whole_chunks:
+                    self._whole.update(data)
+                    self._whole_chunks += 1
+            finally:
+                self._whole_lock.release()
+
+    def whole_digest(self) -> bytes:
+        """Return the digest of the whole, once every chunk is proved.
+
+        Raises
+        ------
+        OSError
+            The file is gone, or cannot be read.
+        """
+        with self._whole_lock:
+            start = self._whole_chunks * CHUNK_SIZE
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                buffer = memoryview(bytearray(CHUNK_SIZE))
+                for offset in range(start, self.size_bytes, CHUNK_SIZE):
+                    view = buffer[: min(CHUNK_SIZE, self.size_bytes - offset)]
+                    read_exactly(descriptor, offset, view)
+                    self._whole.update(view)
+                    self._whole_chunks += 1
+            finally:
+                os.close(descriptor)
+            return self._whole.digest()
 
     def _matches(self, chunk: int, data: memoryview) -> bool:
         return digest_of(data) == self._digests[chunk * DIGEST_SIZE : (chunk + 1) * DIGEST_SIZE]

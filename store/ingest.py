@@ -181,11 +181,10 @@ def add_paths(
             builder = ManifestBuilder()
             for source in sources:
                 _add_file(source, builder, adding, copy)
-            adding.settle()
             manifest = builder.build()
-            if store.put_complete(manifest, model_name(paths), adding.name):
+            if adding.complete(manifest, model_name(paths)):
                 return Ingested(manifest, adding.new_bytes)
-            adding.forget_what_is_here()
+            adding.begin_anew()
         raise LocalError("the model's tensors are removed from the store while it is added")
     except BaseException:
         adding.undo()

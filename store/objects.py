@@ -48,10 +48,14 @@ FORGET_BATCH = 256
 
 
 class AdoptedRange(NamedTuple):
-    """A verified object in an adopted file, and where it begins there."""
+    """A verified object in an adopted file, where it begins there, and its chunk list.
+
+    The list is left empty if it is in the store already.
+    """
 
     new: NewObject
     file_offset: int
+    chunk_list: bytes
 
 
 class WholeObjects:
@@ -175,25 +179,31 @@ class WholeObjects:
         self.keep_bytes(new, data).result()
         return digest
 
-    def keep_bytes(self, new: NewObject, data: bytes | memoryview) -> Future[None]:
+    def keep_bytes(
+        self, new: NewObject, data: bytes | memoryview, chunk_list: bytes = b""
+    ) -> Future[None]:
         """Put a verified object into the index, or into a file of its own."""
         if len(data) <= INLINE_LIMIT:
-            return self.keep_inline([(new, bytes(data))])
+            small = bytes(data)
+            return self.index.submit(
+                lambda db: insert_object(db, new, ObjectPlace.INLINE, data=small)
+            )
         path = self.place.temporary()
         write_file(path, data)
-        return self.keep_file(path, new)
+        return self.keep_temporary(path, new, chunk_list)
 
-    def keep_inline(self, objects: Sequence[tuple[NewObject, bytes]]) -> Future[None]:
-        """Put verified small objects into the index."""
+    def keep_temporary(self, path: Path, new: NewObject, chunk_list: bytes = b"") -> Future[None]:
+        """Keep a verified temporary file as `keep_file` does; it is gone if that fails."""
+        kept = self.keep_file(path, new, chunk_list)
+        kept.add_done_callback(lambda _: remove_file(path))
+        return kept
 
-        def operation(db: sqlite3.Connection) -> None:
-            for new, data in objects:
-                insert_object(db, new, ObjectPlace.INLINE, data=data)
+    def keep_file(self, path: Path, new: NewObject, chunk_list: bytes = b"") -> Future[None]:
+        """Move a verified file to its place and put it into the index.
 
-        return self.index.submit(operation)
-
-    def keep_file(self, path: Path, new: NewObject) -> Future[None]:
-        """Move a verified file to its place and put it into the index."""
+        With it comes its chunk list, if it is given; otherwise it must be here already.
+        """
+        chunk_list = self._small_list(new, chunk_list)
         target = self.place.object_path(new.digest)
         moved = False
 
@@ -208,9 +218,17 @@ class WholeObjects:
                     moved = True
                 elif _file_size(target) != new.size_bytes:
                     raise FileNotFoundError(f"{target} was taken away")
+            _insert_list(db, new, chunk_list)
             insert_object(db, new, ObjectPlace.FILE, boot=self.boot)
 
         return self.index.submit(operation)
+
+    def _small_list(self, new: NewObject, chunk_list: bytes) -> bytes:
+        """Return a chunk list that fits into the index; a larger one is put in by itself."""
+        if len(chunk_list) <= INLINE_LIMIT:
+            return chunk_list
+        self.put_blob(chunk_list, added_by=new.added_by)
+        return b""
 
     def keep_found(self, new: NewObject) -> Future[None]:
         """Put a verified file that lies at its place already into the index."""
@@ -227,10 +245,12 @@ class WholeObjects:
         self, path: Path, state: FileState, ranges: Sequence[AdoptedRange]
     ) -> Future[None]:
         """Put verified byte ranges of a user's own file into the index."""
+        lists = [self._small_list(each.new, each.chunk_list) for each in ranges]
 
         def operation(db: sqlite3.Connection) -> None:
             file_id = note_file(db, path, state)
-            for new, file_offset in ranges:
+            for (new, file_offset, _), chunk_list in zip(ranges, lists, strict=True):
+                _insert_list(db, new, chunk_list)
                 insert_object(
                     db,
                     new,
@@ -265,7 +285,10 @@ class WholeObjects:
 
         def portion(db: sqlite3.Connection) -> int:
             rows = db.execute(
-                "SELECT digest FROM objects WHERE added_by=? LIMIT ?", (added_by, FORGET_BATCH)
+                # Objects first, then their chunk lists: no object is ever without.
+                "SELECT digest FROM objects WHERE added_by=? ORDER BY LENGTH(chunk_list) DESC "
+                "LIMIT ?",
+                (added_by, FORGET_BATCH),
             ).fetchall()
             self._drop(db, [row[0] for row in rows])
             return len(rows)
@@ -299,6 +322,14 @@ def settle(db: sqlite3.Connection, digests: Sequence[bytes]) -> None:
         digests,
     ):
         db.execute(sql, part)
+
+
+def _insert_list(db: sqlite3.Connection, new: NewObject, chunk_list: bytes) -> None:
+    """Put an object's chunk list into the index, if it is given and not there."""
+    if chunk_list:
+        digest = new.chunk_list
+        listed = NewObject(digest, len(chunk_list), b"", head_of(digest, b""), new.added_by)
+        insert_object(db, listed, ObjectPlace.INLINE, data=chunk_list)
 
 
 def _file_size(path: Path) -> int:

@@ -4,7 +4,7 @@ Layout of a store directory::
 
     index.db            the index (SQLite, WAL)
     objects/ab/abcd…    whole objects, one write-once file each, named by digest
-    partial/abcd…-ef…   objects in progress: digest, and the start of the chunk list's digest
+    partial/abcd…-ef…   objects in progress: digest, and the chunk list's digest
     tmp/<session>.<n>   files being written
     tmp/<session>.lock  locked while the session that writes them lives
 
@@ -89,9 +89,10 @@ class Place:
     def partial_path(self, digest: bytes, chunk_list: bytes) -> Path:
         """Return where an object in progress is, given its chunk list's digest.
 
-        Lists that differ do not share a file.
+        Lists that differ never share a file, not even by design of whoever wrote them: a
+        chunk true to a false list could then overwrite one that was verified.
         """
-        return self.partial / f"{digest.hex()}-{chunk_list[:8].hex()}"
+        return self.partial / f"{digest.hex()}-{chunk_list.hex()}"
 
     def partial_files(self) -> Iterator[tuple[Path, bytes]]:
         """Yield the files of objects in progress, with the objects' digests."""
@@ -243,8 +244,8 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
         The disk is full, or does not take it.
     """
     try:
-        with disk_errors("cannot write to the store"):
-            path.write_bytes(data)
+        with disk_errors("cannot write to the store"), path.open("xb", buffering=0) as file:
+            write_fully(file.fileno(), 0, memoryview(data))
     except BaseException:
         remove_file(path)
         raise

@@ -15,6 +15,7 @@ in this process; where there is none, the first that the index has a bitmap of.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 import time
@@ -239,12 +240,12 @@ class Receiver:
         """Hash an object of which every chunk was proved, and keep it."""
         try:
             try:
-                whole = hash_file(incoming.path, incoming.size_bytes)
-            except FileNotFoundError:
+                if hash_file(incoming.path, incoming.size_bytes) != incoming.digest:
+                    raise self._why_wrong(incoming)
+                os.truncate(incoming.path, incoming.size_bytes)  # if more lay there before
+            except FileNotFoundError:  # at any step: another process may be first
                 self.vanished(incoming)
                 return
-            if whole != incoming.digest:
-                raise self._why_wrong(incoming)
             self._objects.put_blob(incoming.chunk_list)
             kept = self._objects.keep_file(incoming.path, _new_object(incoming))
             self._finish_when_kept(incoming, kept)

@@ -22,14 +22,14 @@ import contextlib
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
 from .digest import digest_of
 from .durability import recover, sync_objects
-from .errors import TensorswarmError
+from .errors import LocalError, TensorswarmError
 from .incoming import Incoming
 from .manifest import MAX_MANIFEST_BYTES, Manifest, ObjectRef
 from .objects import INLINE_LIMIT, WholeObjects, settle
@@ -179,10 +179,25 @@ class Store(WholeObjects):
         digest = self.put_blob(manifest.encode())
         self.index.write(lambda db: _insert_model(db, manifest, digest, name))
 
-    def put_complete(self, manifest: Manifest, name: str, added_by: str) -> bool:
+    def put_complete(
+        self,
+        manifest: Manifest,
+        name: str,
+        added_by: str,
+        first: Callable[[sqlite3.Connection], None],
+    ) -> bool:
         """Keep the manifest of a model if every object of it is here, whole.
 
         From then on the objects are the model's: no `undo` takes them away.
+
+        Parameters
+        ----------
+        manifest, name
+            As for `put_manifest`.
+        added_by : str
+            Who puts it in, see `undo`.
+        first : callable
+            An operation that puts in objects the model needs, in the same transaction.
 
         Returns
         -------
@@ -190,16 +205,20 @@ class Store(WholeObjects):
             False if an object is missing; then nothing is changed.
         """
         digest = self.put_blob(manifest.encode(), added_by=added_by)
-        needed = [ref.digest for ref in manifest.objects if ref.size_bytes]
-        needed += {ref.chunk_list for ref in manifest.objects if ref.chunk_list}
+        needed = {ref.digest for ref in manifest.objects if ref.size_bytes}
+        needed |= {ref.chunk_list for ref in manifest.objects if ref.chunk_list}
 
-        def operation(db: sqlite3.Connection) -> bool:
-            if len(present(db, needed)) < len(set(needed)):
-                return False
+        def operation(db: sqlite3.Connection) -> None:
+            first(db)
+            if len(present(db, list(needed))) < len(needed):
+                raise _Incomplete
             _insert_model(db, manifest, digest, name)
-            return True
 
-        return self.index.write(operation)
+        try:
+            self.index.write(operation)
+        except _Incomplete:
+            return False
+        return True
 
     def manifest(self, digest: bytes) -> Manifest | None:
         """Return the manifest with this digest, or None.
@@ -252,6 +271,10 @@ class Store(WholeObjects):
             The disk does not take it.
         """
         return sync_objects(self)
+
+
+class _Incomplete(LocalError):
+    """Ends the transaction of `put_complete`; it goes no further."""
 
 
 def _is_among(ref: ObjectRef, have: dict[bytes, ObjectRecord]) -> bool:

@@ -146,7 +146,7 @@ def test_add_that_is_killed_again_and_again(tmp_path: Path, seed: int) -> None:
     rng = random.Random(seed)
     killed, step = 0, 0
     while True:
-        step += rng.randint(1, 60)
+        step += rng.randint(1, 12)
         process = start_python(ADD, root, path, str(step))
         output, _ = process.communicate(timeout=DEADLINE_S)
         with Store(root) as store:
@@ -163,7 +163,7 @@ def test_add_that_is_killed_again_and_again(tmp_path: Path, seed: int) -> None:
             break
         assert process.returncode == -signal.SIGKILL
         killed += 1
-    assert killed >= 3
+    assert killed >= 5
     with Store(root) as store:
         assert store.missing_objects(manifest, range(len(manifest.objects))) == []
         export_files(store, manifest, manifest.files, tmp_path / "out")
@@ -196,6 +196,7 @@ def test_what_was_proved_before_a_kill_is_claimed_again(tmp_path: Path, kills: i
     proved: set[tuple[int, int]] = set()
     for _ in range(40):
         process = receiver(root, kills)
+        go_on(process)
         said: list[str] = []
         for _ in range(kills):
             said.append(line_of(process))

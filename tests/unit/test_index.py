@@ -167,6 +167,41 @@ def test_index_locked_by_another_process(tmp_path: Path, monkeypatch: pytest.Mon
         index.close()
 
 
+class Locked:
+    """A connection on which no transaction can be begun any more after some have been."""
+
+    def __init__(self, real: sqlite3.Connection, transactions: int) -> None:
+        self._real = real
+        self._left = transactions
+        self.attempts = 0
+
+    def execute(self, sql: str, *rest: object) -> sqlite3.Cursor:
+        if sql == "BEGIN IMMEDIATE":
+            self.attempts += 1
+            if self.attempts > self._left:
+                raise sqlite3.OperationalError("database is locked")
+        return self._real.execute(sql, *rest)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._real, name)
+
+
+def test_lock_that_comes_while_a_batch_is_tried_one_by_one(index: Index) -> None:
+    """Each might wait half a minute for the lock: the first that cannot get it speaks for all."""
+    held = Held(index, lambda db: None)
+    futures = [index.submit(add_pin(1)), index.submit(lambda db: db.execute("nonsense"))]
+    futures += [index.submit(add_pin(i)) for i in range(2, 12)]
+    locked = Locked(index._writer, transactions=2)
+    index._writer = locked  # type: ignore[assignment]
+    held.release()
+    assert futures[0].result(WAIT_S) == 1
+    for future in futures[1:]:
+        with pytest.raises(LocalError, match="locked"):
+            future.result(WAIT_S)
+    assert locked.attempts == 3
+    assert pins(index) == [1]
+
+
 def test_close_finishes_what_is_queued(tmp_path: Path) -> None:
     index = Index(tmp_path / "index.db")
     futures = [index.submit(add_pin(i)) for i in range(300)]
@@ -231,6 +266,23 @@ def test_connections_do_not_pile_up_with_threads(index: Index, tmp_path: Path) -
     name = str(tmp_path / "index.db")
     open_files = [os.readlink(f"/proc/self/fd/{fd}") for fd in _descriptors()]
     assert open_files.count(name) <= MAX_READERS + 1
+
+
+def test_connections_are_used_again(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening one takes longer than most queries."""
+    made: list[int] = []
+    real = Index._connect
+
+    def connect(self: Index) -> sqlite3.Connection:
+        made.append(1)
+        return real(self)
+
+    monkeypatch.setattr(Index, "_connect", connect)
+    for _ in range(20):
+        index.query("SELECT 1")
+        with pytest.raises(LocalError):
+            index.query("SELECT nothing FROM nowhere")
+    assert len(made) <= 1
 
 
 def _descriptors() -> list[str]:

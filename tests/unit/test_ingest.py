@@ -11,11 +11,12 @@ import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from tensorswarm.store import ingest
+from tensorswarm.store import ingest, records
 from tensorswarm.store.digest import CHUNK_SIZE, EMPTY_DIGEST, digest_of
 from tensorswarm.store.errors import BadInput, LocalError, NoRoom, TensorswarmError
 from tensorswarm.store.export import export_files
@@ -41,6 +42,7 @@ from tests.support.store_world import (
     receive_all,
     ref_of,
     rubbish,
+    run_python,
     small_disk,
     write_safetensors,
 )
@@ -171,8 +173,28 @@ def test_known_large_tensor_is_not_written_again(
         raise OSError(errno.EIO, "written again")
 
     monkeypatch.setattr(os, "pwrite", refuse)
-    monkeypatch.setattr(Path, "write_bytes", refuse)
     assert add_paths(store, [path]).new_bytes == 0
+
+
+def test_tensor_that_occurs_twice_is_written_once(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while the first is not in the index yet."""
+    shared = random_bytes(COPY_BUFFER_SIZE + 5, 1)
+    tensors = {name: ("U8", [len(shared)], shared) for name in "abc"}
+    path = write_safetensors(tmp_path / "m.safetensors", tensors)
+    written = 0
+    real = os.pwrite
+
+    def counting(descriptor: int, data: memoryview, offset: int) -> int:
+        nonlocal written
+        written += len(data)
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", counting)
+    added = add_paths(store, [path])
+    assert written == len(shared)
+    assert added.new_bytes == path.stat().st_size - 2 * len(shared)
 
 
 def test_chunk_list_that_was_lost_comes_back(store: Store, tmp_path: Path) -> None:
@@ -672,6 +694,27 @@ def test_own_copy_is_not_replaced_by_an_adopted_one(store: Store, tmp_path: Path
     assert_sound(store)
 
 
+@pytest.mark.parametrize(
+    ("ctime_ns", "now_ns", "slept_s"),
+    [
+        (5_000_000_001, 5_000_000_001, 0.02),
+        (5_000_000_001, 5_015_000_001, 0.005),
+        (5_000_000_001, 5_020_000_001, None),
+        (5_000_000_001, 4_000_000_000, None),  # a clock that was set back: nothing to wait for
+        (5_000_000_000, 5_500_000_000, 1.5),  # whole seconds: a coarse clock, perhaps
+        (5_000_000_000, 7_000_000_000, None),
+    ],
+)
+def test_wait_for_the_clock(
+    monkeypatch: pytest.MonkeyPatch, ctime_ns: int, now_ns: int, slept_s: float | None
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(records.time, "time_ns", lambda: now_ns)
+    monkeypatch.setattr(records.time, "sleep", slept.append)
+    records.wait_for_clock(records.FileState(1, 1, ctime_ns, 1))
+    assert slept == ([] if slept_s is None else [pytest.approx(slept_s)])
+
+
 def test_change_within_one_tick_of_the_clock(tmp_path: Path, store: Store) -> None:
     """A file written just now is hashed only when a further change would show."""
     path = random_model(tmp_path / "m.safetensors", [200_000])
@@ -701,6 +744,39 @@ def test_full_disk_takes_everything_back(tmp_path: Path) -> None:
         assert rubbish(store.root) == []
         assert_sound(store)
         add_paths(store, [random_model(tmp_path / "small.safetensors", [100, 3 * MIB], 2)])
+        assert_sound(store)
+
+
+def test_limit_on_file_sizes_takes_everything_back(store_dir: Path, tmp_path: Path) -> None:
+    """A full disk of another kind, without root: nothing may be written past a limit."""
+    paths = {
+        "large": random_model(tmp_path / "large.safetensors", [100, 70_000, 2 * MIB], 1),
+        "small": random_model(tmp_path / "small.safetensors", [60_000] * 60, 2),
+    }
+    with Store(store_dir) as store:
+        add_paths(store, [random_model(tmp_path / "old.safetensors", [100, 70_000])])
+        before = state_of(store)
+    for path in paths.values():
+        printed = run_python(
+            "import resource, sys; from pathlib import Path\n"
+            "from tensorswarm.store.errors import NoRoom\n"
+            "from tensorswarm.store.ingest import add_paths\n"
+            "from tensorswarm.store.store import Store\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n"
+            "with Store(Path(sys.argv[1])) as store:\n"
+            "    try: add_paths(store, [Path(sys.argv[2])])\n"
+            "    except NoRoom: print('no room')\n",
+            store_dir,
+            path,
+        )
+        assert printed == "no room\n"
+        with Store(store_dir) as store:
+            assert state_of(store) == before
+            assert rubbish(store_dir) == []
+            assert_sound(store)
+    with Store(store_dir) as store:
+        for path in paths.values():
+            add_paths(store, [path])
         assert_sound(store)
 
 
@@ -779,16 +855,17 @@ def test_add_begins_anew_when_another_takes_back_what_it_relied_on(
     real = Store.put_complete
     calls: list[bool] = []
 
-    def put_complete(self: Store, manifest: Manifest, name: str, added_by: str) -> bool:
+    def put_complete(self: Store, manifest: Manifest, *rest: Any) -> bool:
         if not calls:
             self.forget([ref.digest for ref in manifest.objects])
-        calls.append(real(self, manifest, name, added_by))
+        calls.append(real(self, manifest, *rest))
         return calls[-1]
 
     monkeypatch.setattr(Store, "put_complete", put_complete)
     with Store(store_dir) as store:
-        manifest = add_paths(store, [path]).manifest
+        manifest, new_bytes = add_paths(store, [path])
         assert calls == [False, True]
+        assert new_bytes == path.stat().st_size
         assert store.missing_objects(manifest, range(len(manifest.objects))) == []
         assert_sound(store)
 

@@ -20,6 +20,7 @@ from tensorswarm.store.incoming import ChunkMismatch
 from tensorswarm.store.ingest import add_paths
 from tensorswarm.store.manifest import Manifest, ManifestBuilder, ObjectRef
 from tensorswarm.store.objects import INLINE_LIMIT
+from tensorswarm.store.records import NewObject, head_of
 from tensorswarm.store.store import Store
 from tests.support.store_world import (
     DEADLINE_S,
@@ -280,14 +281,17 @@ def test_chunk_list_that_is_not_the_one_named(store: Store) -> None:
 
 
 def test_file_that_rots_while_it_is_received(store: Store) -> None:
-    """Chunks that were good when they came are the disk's fault, not the manifest's."""
+    """Chunks that were good when they came are the disk's fault, not the manifest's.
+
+    They come out of order, so that they are read back for the digest of the whole.
+    """
     incoming = begin(store, LARGE)
-    for index in range(3):
+    for index in range(1, 4):
         incoming.write_chunk(index, chunk_of(LARGE, index))
     with incoming.path.open("r+b") as file:
         file.seek(MIB + 9)
         file.write(b"rotten")
-    incoming.write_chunk(3, chunk_of(LARGE, 3))
+    incoming.write_chunk(0, chunk_of(LARGE, 0))
     with pytest.raises(StoreDamaged, match="1 chunks were changed on the disk"):
         incoming.finished.result(DEADLINE_S)
     assert not store.has(digest_of(LARGE))
@@ -295,6 +299,51 @@ def test_file_that_rots_while_it_is_received(store: Store) -> None:
     assert again.missing_bytes() == MIB, "only what rotted is fetched again"
     receive_all(store, LARGE)
     assert_sound(store)
+
+
+def test_more_in_the_file_than_the_object_has(store: Store) -> None:
+    """Whatever lay there before: the object's file is as long as the object."""
+    path = begin(store, LARGE).path
+    path.write_bytes(LARGE[:MIB] + bytes(9 * MIB))
+    receive_all(store, LARGE)
+    assert_sound(store)
+
+
+def test_object_that_is_here_is_not_replaced(store: Store) -> None:
+    """A second copy of a durable object must not make it less durable."""
+    digest = store.put_blob(MIDDLE)
+    store.sync()
+    path = store.place.temporary()
+    path.write_bytes(MIDDLE)
+    before = store.place.object_path(digest).stat()
+    new = NewObject(digest, len(MIDDLE), b"", head_of(digest, b""))
+    store.keep_file(path, new).result(DEADLINE_S)
+    assert store.place.object_path(digest).stat().st_ino == before.st_ino
+    assert store.index.query("SELECT boot FROM objects") == [(None,)]
+    assert rubbish(store.root) == []
+
+
+def test_file_taken_away_between_two_tries(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that fails is tried again; a file moved by the first try may be gone by then."""
+    digest = digest_of(MIDDLE)
+    path = store.place.temporary()
+    path.write_bytes(MIDDLE)
+    held = threading.Event()
+    waiting = store.index.submit(lambda db: held.wait(DEADLINE_S))
+    new = NewObject(digest, len(MIDDLE), b"", head_of(digest, b""))
+    kept = store.keep_file(path, new)
+
+    def sweep(db: object) -> None:
+        store.place.object_path(digest).unlink(missing_ok=True)
+        raise ZeroDivisionError
+
+    failing = store.index.submit(sweep)
+    held.set()
+    waiting.result(DEADLINE_S)
+    with pytest.raises(LocalError, match="cannot keep"):
+        kept.result(DEADLINE_S)
+    assert isinstance(failing.exception(DEADLINE_S), ZeroDivisionError)
+    assert not store.has(digest)
 
 
 # ---- threads
@@ -661,6 +710,21 @@ def test_part_of_a_whole_object_is_removed(store_dir: Path) -> None:
         assert begin(store, LARGE[1:]).proved() == b"\x01"
 
 
+def test_notes_on_a_part_go_when_it_is_whole(store: Store) -> None:
+    def notes() -> list[tuple[object, ...]]:
+        return store.index.query("SELECT digest FROM partials")
+
+    incoming = begin(store, LARGE)
+    incoming.write_chunk(0, chunk_of(LARGE, 0))
+    store._receiver.flush()
+    assert notes() == [(digest_of(LARGE),)]
+    store.put_blob(LARGE)
+    assert notes() == []
+    incoming.write_chunk(1, chunk_of(LARGE, 1))
+    store._receiver.flush()
+    assert notes() == [], "noted in part what is here whole"
+
+
 def test_partial_file_removed_by_hand(store_dir: Path) -> None:
     with Store(store_dir) as store:
         incoming = begin(store, LARGE)
@@ -785,7 +849,11 @@ def test_failed_write_frees_its_room(store: Store, monkeypatch: pytest.MonkeyPat
         store.put_blob(MIDDLE)
     with pytest.raises(NoRoom):
         receive_all(store, MIDDLE)
+    with pytest.raises(NoRoom):
+        receive_all(store, LARGE)
+    assert not [name for name in rubbish(store.root) if name.startswith("tmp/")]
     monkeypatch.undo()
+    assert begin(store, LARGE).missing_bytes() == 0, "what was received stays for the next try"
     assert not store.has(digest_of(MIDDLE))
     receive_all(store, MIDDLE)
     assert_sound(store)
