@@ -67,7 +67,7 @@ with Store(root) as store:
 )
 
 RECEIVE = """
-import random, sys
+import os, random, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tensorswarm.store.store import Store
@@ -79,20 +79,19 @@ data = {which: random_bytes(size, which) for which, size in sizes.items()}
 incoming = {which: begin(store, bytes_) for which, bytes_ in data.items()}
 work = [(w, c) for w, i in incoming.items() for c in range(i.chunk_count) if i.is_missing(c)]
 random.Random(seed).shuffle(work)
-print("ready", flush=True)
-sys.stdin.readline()
+os.write(1, b"ready\\n")
+os.read(0, 1)
 def one(item):
     which, chunk = item
     incoming[which].write_chunk(chunk, chunk_of(data[which], chunk))
-    sys.stdout.write(f"{which} {chunk}\\n")
-    sys.stdout.flush()
-    sys.stdin.readline()  # goes on when it is told to, or is killed here
+    os.write(1, b"%d %d\\n" % (which, chunk))
+    os.read(0, 1)  # goes on when it is told to, or is killed here
 with ThreadPoolExecutor(3) as pool:
     list(pool.map(one, work))
 for each in incoming.values():
     each.finished.result(60)
 store.close()
-print("done", flush=True)
+os.write(1, b"done\\n")
 """
 
 
@@ -194,8 +193,8 @@ def test_what_was_proved_before_a_kill_is_claimed_again(tmp_path: Path, kills: i
     root = tmp_path / "store"
     data = objects()
     proved: set[tuple[int, int]] = set()
-    for _ in range(40):
-        process = receiver(root, kills)
+    for attempt in range(40):
+        process = receiver(root, attempt)
         go_on(process)
         said: list[str] = []
         for _ in range(kills):
