@@ -240,7 +240,7 @@ class Receiver:
         """Hash an object of which every chunk was proved, and keep it."""
         try:
             try:
-                if hash_file(incoming.path, incoming.size_bytes) != incoming.digest:
+                if incoming.whole_digest() != incoming.digest:
                     raise self._why_wrong(incoming)
                 os.truncate(incoming.path, incoming.size_bytes)  # if more lay there before
             except FileNotFoundError:  # at any step: another process may be first
