@@ -66,14 +66,14 @@ MAX_BYTES_AHEAD = 16 << 20
 """Bytes asked for beyond the answer being read: 1 Gbit/s over 130 ms."""
 
 PIECE_BYTES = 64 << 10
-"""Bytes taken from the connection at a time."""
+"""Bytes taken from a slow connection at a time, each followed by a report of progress."""
 
-PROGRESS_BYTES = 256 << 10
-"""Bytes after which progress is reported; on a slow link, pieces are."""
+MAX_PIECE_BYTES = 256 << 10
+"""Bytes taken from a fast one. A peer that falls below 85 kB/s within such a piece shows
+nothing for the planner's 3 s; it is tried again after a second, with small pieces."""
 
 PROGRESS_INTERVAL_S = 0.25
-"""Seconds after which a piece is reported by itself: soon enough for a planner that
-gives a source seconds."""
+"""Seconds that a piece may take before smaller ones are taken."""
 
 IDLE_CLOSE_S = 30.0
 """Seconds without work after which a connection is given back: half of the server's
@@ -328,6 +328,7 @@ class _Worker:
         self._wire_bytes = 0
         self._chunks_read = 0  # of the first range on the wire
         self._reported_at = 0.0
+        self._piece_bytes = PIECE_BYTES
         self._cuts = 0  # since a request was last answered
 
     def _run(self) -> None:
@@ -439,18 +440,19 @@ class _Worker:
             self._drop_range(job)
 
     def _read(self, connection: BulkConnection, job: _Job, data: memoryview) -> None:
-        """Fill `data` from the connection and report the progress."""
-        unreported = 0
-        for start in range(0, len(data), PIECE_BYTES):
-            piece = data[start : start + PIECE_BYTES]
+        """Fill `data` from the connection, in pieces that each show the peer is still there."""
+        start = 0
+        while start < len(data):
+            piece = data[start : start + self._piece_bytes]
             connection.read_into(piece)
-            unreported += len(piece)
+            start += len(piece)
+            self._desk.progress(job, len(piece))
             now = time.monotonic()
-            if unreported >= PROGRESS_BYTES or now - self._reported_at >= PROGRESS_INTERVAL_S:
-                self._desk.progress(job, unreported)
-                self._reported_at, unreported = now, 0
-        if unreported:
-            self._desk.progress(job, unreported)
+            if now - self._reported_at > PROGRESS_INTERVAL_S:
+                self._piece_bytes = PIECE_BYTES
+            elif self._piece_bytes < MAX_PIECE_BYTES:
+                self._piece_bytes *= 2
+            self._reported_at = now
 
     def _drop_range(self, job: _Job) -> None:
         self._wire.popleft()
