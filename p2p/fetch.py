@@ -204,7 +204,8 @@ class Fetch:
                 raise
             result = FetchResult(digest)
             try:
-                await self._bring(result, [ref], [])
+                async with one_error():
+                    await self._bring(result, [ref], [])
                 return result
             except (HashMismatch, NotFound, NoSource) as error:
                 failure = error if failure is None or isinstance(error, HashMismatch) else failure

@@ -118,6 +118,7 @@ class Incoming:
         self._proved = bitmap.empty(self.chunk_count)
         self._missing = self.chunk_count
         self._has_file = False
+        self._shows_holes = False
         self._is_over = False
         self._whole = blake3()
         self._whole_chunks = 0
@@ -189,27 +190,41 @@ class Incoming:
             finally:
                 self._whole_lock.release()
 
-    def whole_digest(self) -> bytes:
+    def whole_digest(self, descriptor: int) -> bytes:
         """Return the digest of the whole, once every chunk is proved.
+
+        Parameters
+        ----------
+        descriptor : int
+            The open file in progress.
 
         Raises
         ------
         OSError
-            The file is gone, or cannot be read.
+            The file cannot be read, or ends too early.
         """
         with self._whole_lock:
+            if not self._is_solid(descriptor):
+                self._whole, self._whole_chunks = blake3(), 0
             start = self._whole_chunks * CHUNK_SIZE
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                buffer = memoryview(bytearray(CHUNK_SIZE))
-                for offset in range(start, self.size_bytes, CHUNK_SIZE):
-                    view = buffer[: min(CHUNK_SIZE, self.size_bytes - offset)]
-                    read_exactly(descriptor, offset, view)
-                    self._whole.update(view)
-                    self._whole_chunks += 1
-            finally:
-                os.close(descriptor)
+            buffer = memoryview(bytearray(CHUNK_SIZE))
+            for offset in range(start, self.size_bytes, CHUNK_SIZE):
+                view = buffer[: min(CHUNK_SIZE, self.size_bytes - offset)]
+                read_exactly(descriptor, offset, view)
+                self._whole.update(view)
+                self._whole_chunks += 1
             return self._whole.digest()
+
+    def _is_solid(self, descriptor: int) -> bool:
+        """Tell whether something was written to every place of the file.
+
+        Another process may have moved our file away and begun a new one in its place. All
+        that is ever written there was verified, but what we wrote into the old one would
+        be holes in the new one; then nothing counts but what can be read.
+        """
+        if not self._shows_holes or os.fstat(descriptor).st_size < self.size_bytes:
+            return False
+        return os.lseek(descriptor, 0, os.SEEK_HOLE) >= self.size_bytes
 
     def _matches(self, chunk: int, data: memoryview) -> bool:
         return digest_of(data) == self._digests[chunk * DIGEST_SIZE : (chunk + 1) * DIGEST_SIZE]
@@ -229,10 +244,19 @@ class Incoming:
         return True
 
     def _make_file(self) -> None:
+        """Make the file, all hole, unless it is there; see whether holes can be told."""
         with self._lock:
-            if not self._has_file:
-                os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644))
-                self._has_file = True
+            if self._has_file:
+                return
+            with contextlib.suppress(FileExistsError):
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+                descriptor = os.open(self.path, flags, 0o644)
+                try:
+                    os.ftruncate(descriptor, self.size_bytes)
+                    self._shows_holes = os.lseek(descriptor, 0, os.SEEK_HOLE) == 0
+                finally:
+                    os.close(descriptor)
+            self._has_file = True
 
     def _claim(self, chunk: int, data: memoryview) -> bool:
         with self._lock:
@@ -289,8 +313,8 @@ class Incoming:
         if self.chunk_count > 1 and self._missing == 0:
             self._keeper.proved(self, None)
 
-    def recheck(self) -> int:
-        """Hash the file's chunks again and give up those that do not match.
+    def recheck(self, descriptor: int) -> int:
+        """Hash the open file's chunks again and give up those that do not match.
 
         Returns
         -------
@@ -298,15 +322,8 @@ class Incoming:
             How many chunks were given up.
         """
         buffer = memoryview(bytearray(CHUNK_SIZE))
-        descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            bad = [
-                chunk
-                for chunk in range(self.chunk_count)
-                if not self._lies_in(descriptor, chunk, buffer)
-            ]
-        finally:
-            os.close(descriptor)
+        chunks = range(self.chunk_count)
+        bad = [chunk for chunk in chunks if not self._lies_in(descriptor, chunk, buffer)]
         with self._lock:
             for chunk in bad:
                 bitmap.clear_bit(self._proved, chunk)

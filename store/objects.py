@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import sqlite3
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -198,10 +199,26 @@ class WholeObjects:
         kept.add_done_callback(lambda _: remove_file(path))
         return kept
 
-    def keep_file(self, path: Path, new: NewObject, chunk_list: bytes = b"") -> Future[None]:
+    def keep_file(
+        self,
+        path: Path,
+        new: NewObject,
+        chunk_list: bytes = b"",
+        descriptor: int | None = None,
+    ) -> Future[None]:
         """Move a verified file to its place and put it into the index.
 
-        With it comes its chunk list, if it is given; otherwise it must be here already.
+        Parameters
+        ----------
+        path : Path
+            The file.
+        new : NewObject
+            What it is.
+        chunk_list : bytes
+            Its chunk list; left empty if that is here already.
+        descriptor : int, optional
+            The file that was verified, open until the future is done: for a path that
+            other processes know, where another file may lie by now.
         """
         chunk_list = self._small_list(new, chunk_list)
         target = self.place.object_path(new.digest)
@@ -214,6 +231,8 @@ class WholeObjects:
                     path.unlink(missing_ok=True)  # another thread or process was first
                     return
                 if not moved:
+                    if descriptor is not None and not _is_same(descriptor, path):
+                        raise FileNotFoundError(f"{path} is another file by now")
                     self.place.promote(path, new.digest)
                     moved = True
                 elif _file_size(target) != new.size_bytes:
@@ -341,6 +360,10 @@ def _file_size(path: Path) -> int:
         return path.stat().st_size
     except (FileNotFoundError, NotADirectoryError):
         return -1
+
+
+def _is_same(descriptor: int, path: Path) -> bool:
+    return os.path.samestat(os.fstat(descriptor), path.stat())
 
 
 def _has_file(db: sqlite3.Connection, digest: bytes) -> bool:

@@ -15,6 +15,7 @@ in this process; where there is none, the first that the index has a bitmap of.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 import threading
@@ -239,15 +240,22 @@ class Receiver:
     def _finish_file(self, incoming: Incoming) -> None:
         """Hash an object of which every chunk was proved, and keep it."""
         try:
-            try:
-                if incoming.whole_digest() != incoming.digest:
-                    raise self._why_wrong(incoming)
-                os.truncate(incoming.path, incoming.size_bytes)  # if more lay there before
-            except FileNotFoundError:  # at any step: another process may be first
-                self.vanished(incoming)
-                return
-            self._objects.put_blob(incoming.chunk_list)
-            kept = self._objects.keep_file(incoming.path, _new_object(incoming))
+            with contextlib.ExitStack() as stack:
+                try:
+                    descriptor = os.open(incoming.path, os.O_RDWR | os.O_CLOEXEC)
+                except FileNotFoundError:  # another process was first
+                    self.vanished(incoming)
+                    return
+                stack.callback(os.close, descriptor)
+                if incoming.whole_digest(descriptor) != incoming.digest:
+                    raise self._why_wrong(incoming, descriptor)
+                os.ftruncate(descriptor, incoming.size_bytes)  # if more lay there before
+                self._objects.put_blob(incoming.chunk_list)
+                kept = self._objects.keep_file(
+                    incoming.path, _new_object(incoming), descriptor=descriptor
+                )
+                held = stack.pop_all()
+            kept.add_done_callback(lambda _: held.close())
             self._finish_when_kept(incoming, kept)
         except OSError as error:
             problem = LocalError(f"cannot read {incoming.path} back: {error.strerror or error}")
@@ -256,8 +264,8 @@ class Receiver:
         except Exception as error:
             self._finish(incoming, error)
 
-    def _why_wrong(self, incoming: Incoming) -> StoreDamaged | HashMismatch:
-        bad = incoming.recheck()
+    def _why_wrong(self, incoming: Incoming, descriptor: int) -> StoreDamaged | HashMismatch:
+        bad = incoming.recheck(descriptor)
         if not bad:
             remove_file(incoming.path)
         self._release(incoming)  # from here on nobody notes its bitmap again

@@ -10,15 +10,16 @@ import random
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tensorswarm.store.digest import CHUNK_SIZE, chunk_list_of, digest_of
+from tensorswarm.store.export import export_files
 from tensorswarm.store.incoming import Incoming
-from tensorswarm.store.manifest import ObjectRef
+from tensorswarm.store.manifest import Manifest, ObjectRef
 from tensorswarm.store.store import Store
 
 MIB = 1 << 20
@@ -127,6 +128,20 @@ def random_model(path: Path, sizes: Sequence[int], seed: int = 0) -> Path:
     )
 
 
+def state_of(store: Store) -> tuple[list[bytes], list[str], list[object]]:
+    """Return all that a refused `add` must leave as it was."""
+    return store.all_digests(), files_below(store.root / "objects"), list(store.models())
+
+
+def assert_holds(store: Store, manifest: Manifest, folder: Path, out: Path) -> None:
+    """Assert that the store gives the files of `folder` again, bit for bit."""
+    assert store.missing_objects(manifest, range(len(manifest.objects))) == []
+    export_files(store, manifest, manifest.files, out)
+    assert files_below(out) == files_below(folder)
+    for name in files_below(folder):
+        assert (out / name).read_bytes() == (folder / name).read_bytes(), name
+
+
 # ---- looking into a store's index from outside
 
 
@@ -211,3 +226,56 @@ def shuffled(count: int, seed: int) -> list[int]:
     order = list(range(count))
     random.Random(seed).shuffle(order)
     return order
+
+
+# ---- files that change
+
+
+class Meddler:
+    """Changes a file when `add` has read a certain number of its bytes."""
+
+    def __init__(self, path: Path, change: Callable[[Path], object], after_bytes: int) -> None:
+        self._path, self._change, self._left = path, change, after_bytes
+
+    def __call__(self, count: int) -> None:
+        before, self._left = self._left, self._left - count
+        if before > 0 >= self._left:
+            self._change(self._path)
+
+
+def rewrite(path: Path) -> None:
+    """Change bytes in place, and the modification time back to what it was."""
+    times = path.stat()
+    with path.open("r+b") as file:
+        file.seek(-10, os.SEEK_END)
+        file.write(b"different!")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def replace(path: Path) -> None:
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(data[:-10] + b"different!")
+
+
+def grow(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"more")
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def vanish(path: Path) -> None:
+    path.unlink()
+
+
+def become_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def become_fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -277,16 +278,76 @@ def test_begin_hands_over_what_was_complete(incoming: Incoming, desk: Desk) -> N
     assert desk.proved_calls == [None]
 
 
-def test_recheck_gives_up_what_changed(incoming: Incoming) -> None:
-    for index in range(COUNT):
+# ---- the digest of the whole
+
+
+@pytest.fixture
+def whole(incoming: Incoming) -> Iterator[int]:
+    """Return the open file of an object of which chunks 0 to 2 were written in order."""
+    for index in range(3):
         incoming.write_chunk(index, chunk_of(DATA, index))
-    assert incoming.recheck() == 0
-    with incoming.path.open("r+b") as file:
-        file.seek(2 * CHUNK_SIZE)
-        file.write(b"rotten")
-    assert incoming.recheck() == 1
+    descriptor = os.open(incoming.path, os.O_RDWR)
+    yield descriptor
+    os.close(descriptor)
+
+
+def test_recheck_gives_up_what_changed(incoming: Incoming, whole: int) -> None:
+    incoming.write_chunk(3, chunk_of(DATA, 3))
+    assert incoming.recheck(whole) == 0
+    os.pwrite(whole, b"rotten", 2 * CHUNK_SIZE)
+    assert incoming.recheck(whole) == 1
     assert missing(incoming) == [2]
     assert incoming.missing_bytes() == CHUNK_SIZE
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0], [0, 1, 3, 2], [1, 0, 2, 3]])
+def test_whole_digest(incoming: Incoming, order: list[int]) -> None:
+    for index in order:
+        incoming.write_chunk(index, chunk_of(DATA, index))
+    with incoming.path.open("rb") as file:
+        assert incoming.whole_digest(file.fileno()) == digest_of(DATA)
+        assert incoming.whole_digest(file.fileno()) == digest_of(DATA)
+
+
+def test_whole_digest_reads_only_what_came_out_of_order(
+    incoming: Incoming, whole: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    real = os.preadv
+
+    def preadv(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        read.append(offset)
+        return real(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    incoming.write_chunk(3, chunk_of(DATA, 3))
+    assert incoming.whole_digest(whole) == digest_of(DATA)
+    assert read == []
+
+
+def test_whole_digest_of_another_file(incoming: Incoming, whole: int, tmp_path: Path) -> None:
+    """What was hashed on its way into the file counts only if it is in the file."""
+    incoming.write_chunk(3, chunk_of(DATA, 3))
+    other = tmp_path / "other"
+    lay(other, 1, 2, 3)
+    with other.open("rb") as file:
+        assert incoming.whole_digest(file.fileno()) != digest_of(DATA)
+    lay(other, 0, 1)
+    with other.open("rb") as file, pytest.raises(OSError):
+        incoming.whole_digest(file.fileno())
+    assert incoming.whole_digest(whole) == digest_of(DATA)
+
+
+def test_whole_digest_of_a_file_somebody_else_made(tmp_path: Path, desk: Desk) -> None:
+    """Whether its holes can be told is not known, so everything is read."""
+    path = tmp_path / "file"
+    path.write_bytes(b"")
+    incoming = incoming_of(DATA, path, desk)
+    for index in range(COUNT):
+        incoming.write_chunk(index, chunk_of(DATA, index))
+    with path.open("r+b") as file:
+        os.pwrite(file.fileno(), b"rotten", 0)
+        assert incoming.whole_digest(file.fileno()) != digest_of(DATA)
 
 
 # ---- bitmaps
