@@ -9,11 +9,9 @@ from typing import Any
 
 import pytest
 
-from tensorswarm.store.digest import CHUNK_SIZE
 from tensorswarm.store.errors import BadInput, LocalError, NoRoom
 from tensorswarm.store.ingest import add_paths
 from tensorswarm.store.manifest import Manifest
-from tensorswarm.store.objects import INLINE_LIMIT
 from tensorswarm.store.place import COPY_BUFFER_SIZE
 from tensorswarm.store.store import Store
 from tests.support.store_world import (
@@ -30,14 +28,6 @@ from tests.support.store_world import (
     state_of,
     write_safetensors,
 )
-
-SIZES = [0, 1, 100, INLINE_LIMIT, INLINE_LIMIT + 1, CHUNK_SIZE, CHUNK_SIZE + 1, 3 * MIB + 5]
-LARGE_SIZES = [COPY_BUFFER_SIZE, COPY_BUFFER_SIZE + 1, 2 * COPY_BUFFER_SIZE + 4099]
-
-both_ways = pytest.mark.parametrize("copy", [True, False], ids=["copied", "adopted"])
-
-
-# ---- full disks, and other ends of the road
 
 
 def test_full_disk_takes_everything_back(tmp_path: Path) -> None:

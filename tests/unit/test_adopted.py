@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 
 from tensorswarm.store import ingest, records
-from tensorswarm.store.digest import CHUNK_SIZE, digest_of
+from tensorswarm.store.digest import digest_of
 from tensorswarm.store.errors import BadInput
 from tensorswarm.store.ingest import add_paths, describe_paths
 from tensorswarm.store.manifest import Manifest
 from tensorswarm.store.objects import INLINE_LIMIT
-from tensorswarm.store.place import COPY_BUFFER_SIZE
 from tensorswarm.store.store import Store
 from tests.support.store_world import (
     MIB,
@@ -37,13 +36,7 @@ from tests.support.store_world import (
     vanish,
 )
 
-SIZES = [0, 1, 100, INLINE_LIMIT, INLINE_LIMIT + 1, CHUNK_SIZE, CHUNK_SIZE + 1, 3 * MIB + 5]
-LARGE_SIZES = [COPY_BUFFER_SIZE, COPY_BUFFER_SIZE + 1, 2 * COPY_BUFFER_SIZE + 4099]
-
 both_ways = pytest.mark.parametrize("copy", [True, False], ids=["copied", "adopted"])
-
-
-# ---- files that change
 
 
 @pytest.mark.parametrize("change", [rewrite, grow, cut])

@@ -23,11 +23,6 @@ from tests.support.store_world import (
 SIZES = [0, 1, 100, INLINE_LIMIT, INLINE_LIMIT + 1, CHUNK_SIZE, CHUNK_SIZE + 1, 3 * MIB + 5]
 LARGE_SIZES = [COPY_BUFFER_SIZE, COPY_BUFFER_SIZE + 1, 2 * COPY_BUFFER_SIZE + 4099]
 
-both_ways = pytest.mark.parametrize("copy", [True, False], ids=["copied", "adopted"])
-
-
-# ---- hashing
-
 
 @pytest.fixture
 def hasher() -> Iterator[RangeHasher]:

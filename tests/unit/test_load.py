@@ -28,8 +28,6 @@ from tests.support.store_world import (
     write_safetensors,
 )
 
-Spec = tuple[str, Sequence[int], bytes]
-
 both_ways = pytest.mark.parametrize("copy", [True, False], ids=["copied", "adopted"])
 
 DTYPES = {
