@@ -34,7 +34,7 @@ from .origin_source import OriginSource
 from .peer_source import PeerSource
 from .results import SourceReport
 from .sink import ChunkCame, EventQueue, Progressed, RequestDone, SourceFailed, StoreSink
-from .source import Failure, Outcome, SourceWorker
+from .source import Failure, Outcome, SourceWorker, Span
 from .swarm import Ask, Cancel, Drop, Planner, SourceKind
 from .tls import BulkIdentity
 
@@ -146,6 +146,7 @@ class Download:
         )
         self._sources: dict[str, _Source] = {}
         self._refused: dict[str, int] = {}
+        self._asked: dict[tuple[str, int], tuple[Span, ...]] = {}
         self._changed: set[int] = set()
         self._finishing: set[int] = set()
         self._moved_at = trio.current_time()
@@ -229,12 +230,25 @@ class Download:
             case ChunkCame(source, _, index, chunk, outcome, byte_count):
                 self._take_chunk(now, source, index, chunk, outcome, byte_count)
             case RequestDone(source, request_id):
+                self._note_proved_elsewhere(now, source, request_id)
                 self._planner.request_done(now, source, request_id)
             case SourceFailed(source, None, failure, detail):
                 self._planner.remove_source(now, source)
                 self._give_up(now, source, failure, detail)
             case SourceFailed(source, int(request_id), failure, detail):
                 self._request_failed(now, source, request_id, failure, detail)
+
+    def _note_proved_elsewhere(self, now: float, source: str, request_id: int) -> None:
+        """Tell the planner of chunks of a request that another download has brought.
+
+        Downloads of one node that want the same object share it in the store, and a
+        worker does not ask for a chunk that is there already.
+        """
+        for index, first, count in self._asked.pop((source, request_id), ()):
+            incoming = self._incoming[index]
+            for chunk in range(first, first + count):
+                if not incoming.is_missing(chunk):
+                    self._planner.chunk_proved(now, None, index, chunk, 0)
 
     def _take_chunk(
         self, now: float, source: str, index: int, chunk: int, outcome: Outcome, byte_count: int
@@ -249,6 +263,7 @@ class Download:
             self._on_progress(byte_count)
         elif outcome is Outcome.DUPLICATE:
             self._planner.chunk_duplicate(now, source, index, chunk, byte_count)
+            self._planner.chunk_proved(now, None, index, chunk, 0)
         else:
             self._planner.chunk_refused(now, source, index, chunk)
             self._refused[source] = index
@@ -256,10 +271,12 @@ class Download:
     def _act(self, now: float, action: object) -> None:
         match action:
             case Ask(request=request):
+                self._asked[request.source, request.request_id] = request.spans
                 source = self._sources.get(request.source)
                 if source is not None and source.worker is not None:
                     source.worker.submit(request)
             case Cancel(source=name, request_id=request_id):
+                self._asked.pop((name, request_id), None)
                 source = self._sources.get(name)
                 if source is not None and source.worker is not None:
                     source.worker.cancel(request_id)
@@ -334,6 +351,7 @@ class Download:
         if source is not None:
             source.failure = failure
             source.reason = detail
+        self._note_proved_elsewhere(now, name, request_id)
         self._planner.request_failed(now, name, request_id, failure)
         is_origin = source is not None and source.kind is SourceKind.ORIGIN
         if source is not None and is_origin and failure is Failure.BAD_BYTES:
@@ -358,6 +376,7 @@ class Download:
             return
         source.worker.close()
         source.worker = None
+        self._asked = {key: spans for key, spans in self._asked.items() if key[0] != name}
         source.dropped = True
         source.failure = failure
         source.reason = detail or failure.value

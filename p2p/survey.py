@@ -96,7 +96,10 @@ async def _held_bytes(node: Node, digest: bytes) -> dict[str, int]:
     """Return how many bytes of a model (or one object) each neighbour says it holds."""
     wanted = [digest]
     lists: dict[bytes, bytes] = {}
-    manifest = node.store.manifest(digest) or await _ask_manifest(node, digest)
+    try:
+        manifest = node.store.manifest(digest) or await _ask_manifest(node, digest)
+    except BadInput:
+        manifest = None  # the digest is here, and a tensor's
     if manifest is not None:
         wanted += [ref.digest for ref in manifest.objects]
         lists = {ref.digest: ref.chunk_list for ref in manifest.objects}

@@ -7,7 +7,10 @@ from collections.abc import Collection
 from pathlib import Path
 
 import pytest
+import trio
 
+from tensorswarm.p2p.node import Node as PeerNode
+from tensorswarm.p2p.results import FetchResult
 from tensorswarm.store.cid import parse_reference
 from tensorswarm.store.store import Store
 from tests.e2e.conftest import MIB, Model, add
@@ -266,3 +269,28 @@ def test_a_gateway_is_an_origin(
     assert set(sources) == {small_node.peer_id, url}
     assert all(source["bytes"] > 0 for source in sources.values()), sources
     assert sha256_of_files(tmp_path / "out") == sha256_of_files(small.folder)
+
+
+def test_two_fetches_of_one_node_share_what_comes(
+    minilm: Model, minilm_node: Node, tmp_path: Path
+) -> None:
+    """Each ends well, and together they receive little more than the model."""
+    results: list[FetchResult] = []
+
+    async def main() -> None:
+        async with PeerNode(tmp_path / "store", bootstrap=[minilm_node.addr], server=False) as node:
+
+            async def fetch() -> None:
+                results.append(await node.fetch(minilm.id))
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(fetch)
+                nursery.start_soon(fetch)
+
+    trio.run(main)
+    assert len(results) == 2
+    assert all(result.bytes_total >= minilm.size_bytes for result in results)
+    with Store(tmp_path / "store") as store:
+        manifest = store.manifest(parse_reference(minilm.id).digest)
+        assert manifest is not None
+        assert not store.missing_objects(manifest, range(len(manifest.objects)))
