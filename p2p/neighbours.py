@@ -7,7 +7,6 @@ peers in this table are served on the bulk plane.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
 import trio
@@ -22,9 +21,6 @@ from .neighbour import Neighbour
 
 MAX_NEIGHBOURS = 200
 """Neighbours at once. Below the 250 connections at which a py-libp2p hub stops."""
-
-MAX_REMEMBERED_PEERS = 1024
-"""Peers whose addresses are kept after they left; the oldest go first."""
 
 MAX_HELD_DIGESTS = 1 << 17
 """Objects remembered as held by one neighbour: the largest models have 100,000 tensors."""
@@ -61,7 +57,6 @@ class Neighbours:
         self._hello = hello
         self._table: dict[str, Neighbour] = {}
         self._meeting: dict[str, trio.Lock] = {}
-        self._remembered: OrderedDict[str, tuple[str, ...]] = OrderedDict()
         self._held: dict[str, set[bytes]] = {}
         self._nursery: trio.Nursery | None = None
         self.joined: list[Callable[[str], None]] = []
@@ -93,10 +88,6 @@ class Neighbours:
     def seen_at(self, peer_id: str) -> str | None:
         """Return the IP address a connected peer is seen at."""
         return self._host.remote_host(peer_id)
-
-    def remembered(self) -> list[PeerAddress]:
-        """Return peers met before, latest first."""
-        return [PeerAddress(i, addrs) for i, addrs in reversed(self._remembered.items())]
 
     # ---- meeting
 
@@ -161,10 +152,6 @@ class Neighbours:
         # Both may dial at once: the later stream is used, the earlier is answered until it ends.
         self._table[peer_id] = neighbour
         self._held.setdefault(peer_id, set())
-        self._remembered[peer_id] = neighbour.hello.addrs[: wire_limits.MAX_PEER_ADDRS]
-        self._remembered.move_to_end(peer_id)
-        if len(self._remembered) > MAX_REMEMBERED_PEERS:
-            self._remembered.popitem(last=False)
         if is_new:
             for listener in list(self.joined):
                 listener(peer_id)

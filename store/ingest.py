@@ -11,6 +11,7 @@ that nobody meant to share.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import stat
@@ -193,9 +194,24 @@ def add_paths(
         adding.close()
 
 
-def _add_file(source: _Source, builder: ManifestBuilder, adding: Adding, copy: bool) -> None:
+@contextlib.contextmanager
+def _unchanged(source: _Source) -> Iterator[int]:
+    """Open a file and give its descriptor; it must be as it was examined, until the end."""
     descriptor = _open(source.path)
     try:
+        yield descriptor
+        if FileState.of(os.fstat(descriptor)) != source.state:
+            raise BadInput(f"{_shown(source.path)}: {_CHANGED}")
+    except OSError as error:
+        raise BadInput(
+            f"{_shown(source.path)}: cannot be read: {error.strerror or error}"
+        ) from error
+    finally:
+        os.close(descriptor)
+
+
+def _add_file(source: _Source, builder: ManifestBuilder, adding: Adding, copy: bool) -> None:
+    with _unchanged(source) as descriptor:
         if FileState.of(os.fstat(descriptor)) != source.state:
             raise BadInput(f"{_shown(source.path)}: {_CHANGED}")
         wait_for_clock(source.state)
@@ -205,14 +221,6 @@ def _add_file(source: _Source, builder: ManifestBuilder, adding: Adding, copy: b
             )
             for piece in source.layout.pieces
         }
-        if FileState.of(os.fstat(descriptor)) != source.state:
-            raise BadInput(f"{_shown(source.path)}: {_CHANGED}")
-    except OSError as error:
-        raise BadInput(
-            f"{_shown(source.path)}: cannot be read: {error.strerror or error}"
-        ) from error
-    finally:
-        os.close(descriptor)
     if not copy:
         adding.finish_file(source.path.resolve(), source.state)
     _put_into(builder, source, by_range)
@@ -238,20 +246,11 @@ def describe_paths(paths: Sequence[Path]) -> Manifest:
 
 def _hash_pieces(source: _Source, hasher: RangeHasher) -> dict[tuple[int, int], ObjectRef]:
     refs: dict[tuple[int, int], ObjectRef] = {}
-    descriptor = _open(source.path)
-    try:
+    with _unchanged(source) as descriptor:
         for piece in source.layout.pieces:
             digest, chunk_list = hasher.scan(descriptor, piece.offset, piece.size_bytes)
             list_digest = digest_of(chunk_list) if chunk_list else b""
             refs[piece.offset, piece.size_bytes] = ObjectRef(digest, piece.size_bytes, list_digest)
-        if FileState.of(os.fstat(descriptor)) != source.state:
-            raise BadInput(f"{_shown(source.path)}: {_CHANGED}")
-    except OSError as error:
-        raise BadInput(
-            f"{_shown(source.path)}: cannot be read: {error.strerror or error}"
-        ) from error
-    finally:
-        os.close(descriptor)
     return refs
 
 

@@ -34,6 +34,12 @@ def random_bytes(size: int, seed: int = 0) -> bytes:
     return np.random.default_rng(seed).bytes(size)
 
 
+SMALL = random_bytes(100, 1)
+MIDDLE = random_bytes(300_000, 2)
+LARGE = random_bytes(3 * MIB + 17, 3)
+"""One object for each way to be kept: in the index, as one chunk, as several."""
+
+
 def ref_of(data: bytes) -> ObjectRef:
     chunk_list = chunk_list_of(data)
     return ObjectRef(digest_of(data), len(data), digest_of(chunk_list) if chunk_list else b"")

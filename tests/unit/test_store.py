@@ -23,7 +23,10 @@ from tensorswarm.store.records import NewObject, head_of
 from tensorswarm.store.store import Store
 from tests.support.store_world import (
     DEADLINE_S,
+    LARGE,
     MIB,
+    MIDDLE,
+    SMALL,
     assert_sound,
     begin,
     bytes_of,
@@ -39,9 +42,6 @@ from tests.support.store_world import (
     write_safetensors,
 )
 
-SMALL = random_bytes(100, 1)
-MIDDLE = random_bytes(300_000, 2)
-LARGE = random_bytes(3 * MIB + 17, 3)
 EVERY_SIZE = [1, 100, INLINE_LIMIT, INLINE_LIMIT + 1, MIB - 1, MIB, MIB + 1, 3 * MIB + 17]
 
 

@@ -15,7 +15,10 @@ from tensorswarm.store.manifest import ObjectRef
 from tensorswarm.store.store import Store
 from tests.support.store_world import (
     DEADLINE_S,
+    LARGE,
     MIB,
+    MIDDLE,
+    SMALL,
     assert_sound,
     begin,
     bytes_of,
@@ -30,11 +33,6 @@ from tests.support.store_world import (
     run_python,
     small_disk,
 )
-
-SMALL = random_bytes(100, 1)
-MIDDLE = random_bytes(300_000, 2)
-LARGE = random_bytes(3 * MIB + 17, 3)
-
 
 # ---- after a crash
 
