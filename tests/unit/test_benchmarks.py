@@ -1,0 +1,61 @@
+"""The plain functions of the benchmarks: a wrong median would be believed for ever."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks.report import Target, document, emit, figure, spread, table
+
+
+def test_the_median_of_an_even_number_lies_between_the_middle_two() -> None:
+    result = spread([4.0, 1.0, 2.0, 30.0])
+    assert (result.median, result.lowest, result.highest, result.runs) == (3.0, 1.0, 30.0, 4)
+    assert result.relative == pytest.approx(29 / 3)
+
+
+@pytest.mark.parametrize(
+    ("value", "printed"),
+    [
+        (0, "0"),
+        (0.04123, "0.0412"),
+        (1.499, "1.50"),
+        (47.26, "47.3"),
+        (1083.4, "1,080"),
+        (9.999, "10.0"),
+    ],
+)
+def test_figures_have_three_digits(value: float, printed: str) -> None:
+    assert figure(value) == printed
+
+
+def test_a_target_is_judged_before_it_is_rounded() -> None:
+    assert not Target("x curl", 1.499, 1.5).reached
+    assert Target("x curl", 1.5, 1.5).reached
+    assert Target("s until planning starts", 1.9, 2, at_most=True).reached
+    assert not Target("s until planning starts", 2.1, 2, at_most=True).reached
+    assert str(Target("x curl", 0.56, 0.8)) == "0.56 x curl, wanted at least 0.8: NOT reached"
+
+
+def test_a_table_lines_its_columns_up() -> None:
+    rows = [("tensorswarm", 461.2, "a"), ("cp", None, 12)]
+    assert table(("", "MB/s", "x"), rows).splitlines() == [
+        "             MB/s   x",
+        "tensorswarm   461   a",
+        "cp              -  12",
+    ]
+    assert table(("", "MB/s", "x"), rows, markdown=True).splitlines()[1:] == [
+        "|---|---|---|",
+        "| tensorswarm | 461 | a |",
+        "| cp | - | 12 |",
+    ]
+
+
+def test_the_document_is_one_line_of_json_with_date_and_machine(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    emit(document("crowd", nodes=24), "text", [Target("x", 2.0, 1.0)], as_json=True)
+    printed = json.loads(capsys.readouterr().out)
+    assert {"benchmark", "date", "machine", "nodes", "targets"} == printed.keys()
+    assert printed["targets"][0]["reached"] is True
