@@ -1,1 +1,1 @@
-"""Experiments that drive the real planner on a simulated network."""
+"""Experiments that drive the real planner on a simulated network; see ``README.md``."""

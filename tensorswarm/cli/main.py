@@ -26,6 +26,7 @@ from tensorswarm.store.version import VERSION
 from ..api import DEFAULT_TIMEOUT_S, default_store
 from . import commands
 from .output import Output
+from .simulate import simulate
 
 DEBUG_VARIABLE = "TENSORSWARM_DEBUG"
 
@@ -103,6 +104,7 @@ def build_parser() -> Parser:
 
     _add_local_commands(command)
     _add_network_commands(command, network)
+    _add_simulation_command(command)
     return parser
 
 
@@ -167,6 +169,27 @@ def _add_network_commands(command: Callable[..., Parser], network: Parser) -> No
     sub = command("peers", commands.peers, "show the peers that can be reached", network)
     sub.add_argument("ref", nargs="?", metavar="REF", help="only peers that hold some of it")
     _add_timeout(sub)
+
+
+def _add_simulation_command(command: Callable[..., Parser]) -> None:
+    sub = command("sim", simulate, "run an experiment on a simulated network")
+    sub.add_argument(
+        "scenario", metavar="SCENARIO", help="a name (`sim list` shows them) or a Python file"
+    )
+    sub.add_argument("--nodes", type=int, metavar="N", help="number of receivers")
+    sub.add_argument(
+        "--seed", type=int, default=1, metavar="S", help="replays a run (default %(default)s)"
+    )
+    sub.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="another value for a parameter of the scenario",
+    )
+    sub.add_argument(
+        "--out", type=Path, metavar="DIR", help="write JSON, CSV and plots (PNG) there"
+    )
 
 
 def _add_include(sub: Parser) -> None:

@@ -1,0 +1,93 @@
+"""The scenario framework and its command: parameters, files, exit codes."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from tensorswarm.cli.main import main
+from tensorswarm.simulations import scenario
+from tensorswarm.store.errors import BadInput
+
+OWN = '''"""A scenario of one's own.
+
+More words.
+"""
+import random
+from tensorswarm.simulations.scenario import Curve, Outcome, Plot
+PARAMETERS = {"nodes": 3, "share": 0.5, "shared": True, "rule": "rarest"}
+def run(parameters, seed):
+    rng = random.Random(seed)
+    summary = {"nodes": parameters.integer("nodes"), "draw": rng.random(),
+               "share": parameters.number("share"), "shared": parameters.flag("shared"),
+               "rule": parameters.text("rule")}
+    plot = Plot("line", "t", "x", "y", [Curve("a", [(0, 1), (1, 2)])])
+    failures = ["nodes must not be 13"] if summary["nodes"] == 13 else []
+    return Outcome(summary, {"rows": [{"a": 1}, {"b": 2}]}, [plot], failures)
+'''
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> str:
+    path = tmp_path / "own.py"
+    path.write_text(OWN)
+    return str(path)
+
+
+def test_values_are_read_in_the_type_of_their_default(own: str) -> None:
+    found = scenario.find(own)
+    assert found.headline == "A scenario of one's own."
+    summary = found.run(7, {"share": "0.25", "shared": "false", "rule": "random"}, 5).summary
+    assert summary["nodes"] == 5
+    assert (summary["share"], summary["shared"], summary["rule"]) == (0.25, False, "random")
+    assert (summary["scenario"], summary["seed"]) == ("own", 7)
+    assert found.run(7, {}).summary["draw"] == summary["draw"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"gone": "1"}, {"share": "much"}, {"share": "nan"}, {"shared": "perhaps"}, {"nodes": "0"}],
+)
+def test_a_wrong_setting_is_named(own: str, settings: dict[str, str]) -> None:
+    with pytest.raises(BadInput, match=next(iter(settings))):
+        scenario.find(own).run(1, settings)
+
+
+def test_every_scenario_of_the_project_is_found_and_documented() -> None:
+    for name in scenario.names():
+        found = scenario.find(name)
+        assert found.headline.endswith("."), name
+        assert found.defaults, name
+
+
+def test_the_command_prints_one_document_and_writes_the_files(
+    own: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["sim", own, "--nodes", "4", "--seed", "2", "--out", str(out), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["nodes"] == 4
+    assert json.loads((out / "summary.json").read_text()).items() <= document.items()
+    assert list(csv.DictReader((out / "rows.csv").open())) == [
+        {"a": "1", "b": ""},
+        {"a": "", "b": "2"},
+    ]
+    assert (out / "line.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_failed_run_prints_the_command_that_replays_it(
+    own: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sim", own, "--nodes", "13", "--seed", "5", "--set", "share=0.1"]) == 1
+    told = capsys.readouterr().err
+    assert "nodes must not be 13" in told
+    assert f"tensorswarm sim {own} --seed 5 --nodes 13 --set share=0.1" in told
+
+
+def test_wrong_usage_is_one_line_and_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sim", "no-such-scenario"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert main(["sim", "list", "--json"]) == 0
