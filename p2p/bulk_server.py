@@ -7,16 +7,19 @@ Rules
 - The peer id comes from the certificate (see `tls`); the caller's `allow` is asked
   for every request, so that access taken back takes effect at once.
 - Only ranges are served of which the reader says that they are proved.
-- Everything is bounded: connections in all, per peer, and per address as long as
-  nobody on them was allowed anything; the handshake, the wait for a request, and the
-  time in which a reader must take each slice of bytes. A stuck peer costs a thread
-  until that deadline, no longer.
+- Everything is bounded: connections (see `bulk_table`), the handshake, the wait for a
+  request. Over a whole answer a reader must keep up a least rate, with a little time to
+  spare (`Patience`): who stops reading, or reads a byte a second, costs a thread until
+  that is used up, no longer.
+- With a limiter, every slice waits for its peer's turn: a peer with eight connections
+  gets no more than one with one. There are never more connections than the rate can
+  feed; further ones are told that there is no room.
 - Answers are collected in one reused buffer and sent together as long as more
   requests are waiting, so that small objects cost neither a packet nor a system call
   each.
 
-Not here: what is in the store, who is allowed (`open_reader` and `allow` are called
-from the connections' threads and must be thread-safe), and limits on the rate.
+Not here: what is in the store, and who is allowed (`open_reader` and `allow` are called
+from the connections' threads and must be thread-safe).
 """
 
 from __future__ import annotations
@@ -26,30 +29,50 @@ import socket
 import ssl
 import threading
 import time
-from collections import Counter, OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from tensorswarm.store.errors import LocalError, ProtocolError
 from tensorswarm.store.reader import ObjectReader
 
 from . import http1
+from .bulk_table import (
+    MAX_CONNECTIONS,
+    MAX_CONNECTIONS_PER_PEER,
+    ConnectionTable,
+    Limits,
+    ServerStatistics,
+)
+from .rates import RateLimiter
 from .tls import BulkIdentity, peer_id_of
+
+__all__ = ["BulkServer", "ServerStatistics"]
 
 HANDSHAKE_TIMEOUT_S = 5.0
 """Seconds for a handshake, and for a stranger's first request: ten slow round trips."""
+
+IDLE_TIMEOUT_S = 60.0
+"""Seconds that a peer may take to its next whole request: connecting anew is cheap."""
 
 SEND_BUFFER_BYTES = 256 << 10
 """Room for answers, of each connection: some sixty small ones. Sizes up to 4 MiB were
 measured and cost the same processor time."""
 
 SEND_SLICE_BYTES = 128 << 10
-"""Bytes that a reader must take within the send deadline: with 20 s, 6.5 kB/s."""
+"""Bytes sent between two looks at the clock."""
 
-MAX_TRACKED_PEERS = 1024
-"""Peers whose sent bytes are counted: the least recently served is forgotten first."""
+MIN_READ_BYTES_PER_S = 4 << 10
+"""Rate that a reader must keep up: less does not bring a chunk in four minutes, and costs
+a thread as much as any."""
+
+READ_PATIENCE_S = 20.0
+"""Seconds by which a reader may be behind that: the kernel tells us of 64 KiB taken at
+once, which the slowest reader needs 16 s for."""
+
+MIN_SHARE_BYTES_PER_S = 4 << 10
+"""Part of a limited rate that a connection gets at least, or else none is accepted: a
+peer that sees less than 4 KiB in 3 s takes us for dead."""
 
 LINGER_S = 1.0
 """Seconds to wait for the peer to read a refusal before the socket is closed: closing
@@ -68,50 +91,19 @@ BACKLOG = 128
 INPUT_BUFFER_BYTES = 32 << 10
 """Room for requests: an unfinished head and a whole TLS record behind it."""
 
+TLS_RECORD_BYTES = 16 << 10
+"""The most that TLS sends at once, and so the least that has a deadline of its own."""
+
 _SHORTEST_WAIT_S = 0.001  # a timeout of 0 would mean "do not wait at all"
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class ServerStatistics:
-    """What a server has done so far.
-
-    Attributes
-    ----------
-    connections : int
-        Connections open now.
-    accepted : int
-        Connections accepted since the start.
-    turned_away : int
-        Connections closed or answered 503 because a limit was reached.
-    failed : int
-        Connections that ended by a fault: a bad handshake or request, a reader too
-        slow, a disk error.
-    requests : int
-        Requests answered, refusals included.
-    bytes_sent : int
-        Object bytes sent, with those that were to be sent when a connection broke.
-    bytes_sent_to : dict of str to int
-        The same by peer id, of the peers served last (`MAX_TRACKED_PEERS`).
-    """
-
-    connections: int
-    accepted: int
-    turned_away: int
-    failed: int
-    requests: int
-    bytes_sent: int
-    bytes_sent_to: dict[str, int]
-
-
-class _Limits(NamedTuple):
-    connections: int
-    per_peer: int
-    unproved_per_host: int
+class _Times(NamedTuple):
     handshake_timeout_s: float
     idle_timeout_s: float
-    send_timeout_s: float
+    read_patience_s: float
+    min_read_bytes_per_s: float
 
 
 class BulkServer:
@@ -130,13 +122,17 @@ class BulkServer:
     port : int, optional
         Port to listen on; 0 lets the system choose.
     max_connections : int, optional
-        Connections served at once; further ones are closed unanswered. Half of
-        them may come from one address before anybody there was allowed anything.
+        Connections served at once; further ones are answered 503, or get the place of
+        another (see `bulk_table`). Half of them may come from one address before
+        anybody there was allowed anything.
     max_connections_per_peer : int, optional
         Connections of one peer id; further ones are answered 503.
-    handshake_timeout_s, idle_timeout_s, send_timeout_s : float, optional
-        Seconds for the handshake, for the next whole request, and for the peer to
-        take `SEND_SLICE_BYTES`.
+    handshake_timeout_s, idle_timeout_s : float, optional
+        Seconds for the handshake, and for the next whole request.
+    read_patience_s, min_read_bytes_per_s : float, optional
+        The rate that a reader must keep up, and by how many seconds it may be behind.
+    limiter : RateLimiter, optional
+        Holds what is sent in all below a rate.
     """
 
     def __init__(
@@ -147,28 +143,31 @@ class BulkServer:
         *,
         host: str = "0.0.0.0",
         port: int = 0,
-        max_connections: int = 64,
-        max_connections_per_peer: int = 8,
+        max_connections: int = MAX_CONNECTIONS,
+        max_connections_per_peer: int = MAX_CONNECTIONS_PER_PEER,
         handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S,
-        idle_timeout_s: float = 60.0,
-        send_timeout_s: float = 20.0,
+        idle_timeout_s: float = IDLE_TIMEOUT_S,
+        read_patience_s: float = READ_PATIENCE_S,
+        min_read_bytes_per_s: float = MIN_READ_BYTES_PER_S,
+        limiter: RateLimiter | None = None,
     ) -> None:
         self._identity = identity
         self._open_reader = open_reader
         self._allow = allow
         self._wanted_address = (host, port)
-        self._limits = _Limits(
-            max_connections,
-            max_connections_per_peer,
-            max(1, max_connections // 2),
-            handshake_timeout_s,
-            idle_timeout_s,
-            send_timeout_s,
+        self._times = _Times(
+            handshake_timeout_s, idle_timeout_s, read_patience_s, min_read_bytes_per_s
         )
+        self._limiter = limiter
         self._listener: socket.socket | None = None
         self._accept_thread: threading.Thread | None = None
         self._address = ("", 0)
-        self._table = _Table()
+        places = max_connections
+        if limiter is not None:
+            places = min(places, int(limiter.bytes_per_s / MIN_SHARE_BYTES_PER_S))
+        self._table = ConnectionTable(
+            Limits(places, max_connections_per_peer, max(1, max_connections // 2))
+        )
 
     def start(self) -> None:
         """Listen and serve, in threads of its own.
@@ -215,6 +214,8 @@ class BulkServer:
             Longest wait. Threads that a disk holds up end by themselves later.
         """
         deadline = time.monotonic() + timeout_s
+        if self._limiter is not None:
+            self._limiter.close()  # nobody waits for a turn any more
         threads = self._table.shut()
         if self._listener is not None and self._accept_thread is not None:
             with suppress(OSError):  # only Linux can shut a listening socket down
@@ -244,9 +245,16 @@ class BulkServer:
 
     def _serve(self, sock: socket.socket, host: str) -> None:
         connection = _Connection(
-            sock, host, self._identity, self._open_reader, self._allow, self._limits, self._table
+            sock,
+            host,
+            self._identity,
+            self._open_reader,
+            self._allow,
+            self._times,
+            self._table,
+            self._limiter,
         )
-        if not self._table.admit(connection, self._limits):
+        if not self._table.admit(connection):
             sock.close()
             return
         try:
@@ -257,96 +265,25 @@ class BulkServer:
             sock.close()
 
 
-class _Table:
-    """Connections and counters of one server. Thread-safe."""
+class Patience:
+    """How long a reader may still keep us waiting.
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._closing = threading.Event()
-        self._open: set[_Connection] = set()
-        self._unproved: Counter[str] = Counter()
-        self._per_peer: Counter[str] = Counter()
-        self._sent: OrderedDict[str, int] = OrderedDict()
-        self._accepted = self._turned_away = self._failed = self._requests = 0
-        self._bytes_sent = 0
+    It has `spare_s` seconds, gets more with the bytes that it takes, at the least rate,
+    and never has more than it began with.
+    """
 
-    def is_closing(self) -> bool:
-        return self._closing.is_set()
+    def __init__(self, spare_s: float, min_bytes_per_s: float) -> None:
+        self._most_s = self.left_s = spare_s
+        self._s_per_byte = 1 / min_bytes_per_s
 
-    def wait_closing(self, timeout_s: float) -> None:
-        self._closing.wait(timeout_s)
+    def note(self, byte_count: int, waited_s: float) -> None:
+        """Count bytes that the reader took, and the time that it let us wait."""
+        left_s = self.left_s + byte_count * self._s_per_byte - waited_s
+        self.left_s = min(self._most_s, left_s)
 
-    def shut(self) -> list[threading.Thread]:
-        """Refuse further connections, cut the open ones, and return their threads."""
-        with self._lock:
-            self._closing.set()
-            connections = list(self._open)
-        for connection in connections:
-            connection.abort()
-        return [connection.thread for connection in connections]
-
-    def admit(self, connection: _Connection, limits: _Limits) -> bool:
-        with self._lock:
-            if (
-                self._closing.is_set()
-                or len(self._open) >= limits.connections
-                or self._unproved[connection.host] >= limits.unproved_per_host
-            ):
-                self._turned_away += 1
-                return False
-            self._accepted += 1
-            self._open.add(connection)
-            self._unproved[connection.host] += 1
-            return True
-
-    def identify(self, connection: _Connection, peer_id: str, limit: int) -> bool:
-        """Note whose connection it is; False when that peer has too many."""
-        with self._lock:
-            if self._per_peer[peer_id] >= limit:
-                self._turned_away += 1
-                return False
-            self._per_peer[peer_id] += 1
-            connection.peer_id = peer_id
-            return True
-
-    def prove(self, connection: _Connection) -> None:
-        """Note that the peer was allowed something: it is no stranger any more."""
-        if not connection.proved:
-            with self._lock:
-                connection.proved = True
-                _decrement(self._unproved, connection.host)
-
-    def dismiss(self, connection: _Connection, *, failed: bool) -> None:
-        with self._lock:
-            self._open.discard(connection)
-            self._failed += failed
-            if not connection.proved:
-                _decrement(self._unproved, connection.host)
-            if connection.peer_id is not None:
-                _decrement(self._per_peer, connection.peer_id)
-
-    def count(self, peer_id: str, requests: int, byte_count: int) -> None:
-        with self._lock:
-            self._requests += requests
-            if not byte_count:
-                return
-            self._bytes_sent += byte_count
-            self._sent[peer_id] = self._sent.get(peer_id, 0) + byte_count
-            self._sent.move_to_end(peer_id)
-            if len(self._sent) > MAX_TRACKED_PEERS:
-                self._sent.popitem(last=False)
-
-    def statistics(self) -> ServerStatistics:
-        with self._lock:
-            return ServerStatistics(
-                connections=len(self._open),
-                accepted=self._accepted,
-                turned_away=self._turned_away,
-                failed=self._failed,
-                requests=self._requests,
-                bytes_sent=self._bytes_sent,
-                bytes_sent_to=dict(self._sent),
-            )
+    def slice_bytes(self, most: int) -> int:
+        """Return how many bytes to send before looking again: one TLS record when short."""
+        return most if 2 * self.left_s >= self._most_s else min(most, TLS_RECORD_BYTES)
 
 
 class _Connection:
@@ -359,12 +296,14 @@ class _Connection:
         identity: BulkIdentity,
         open_reader: Callable[[bytes], ObjectReader | None],
         allow: Callable[[str], bool],
-        limits: _Limits,
-        table: _Table,
+        times: _Times,
+        table: ConnectionTable,
+        limiter: RateLimiter | None,
     ) -> None:
         self.host = host
         self.peer_id: str | None = None
         self.proved = False
+        self.idle_since: float | None = None
         self.thread = threading.Thread(target=self._run, name=f"bulk-serve-{host}", daemon=True)
         self._raw = sock
         self._busy = False
@@ -372,12 +311,15 @@ class _Connection:
         self._identity = identity
         self._open_reader = open_reader
         self._allow = allow
-        self._limits = limits
+        self._times = times
+        self._patience = Patience(times.read_patience_s, times.min_read_bytes_per_s)
         self._table = table
+        self._limiter = limiter
+        self._name = ""
         self._reader: tuple[bytes, ObjectReader] | None = None
         self._input = bytearray(INPUT_BUFFER_BYTES)
         self._start = self._end = 0
-        self._output = memoryview(bytearray(SEND_BUFFER_BYTES))
+        self._output = memoryview(b"")  # a stranger costs no more than its input
         self._filled = self._filled_requests = self._filled_bytes = 0
 
     def abort(self) -> None:
@@ -392,13 +334,13 @@ class _Connection:
             self._answer_all()
             failed = False
         except ProtocolError as error:
-            _log.info("peer %s at %s %s", self.peer_id, self.host, error)
+            _log.info("peer %s at %s %s", self._name, self.host, error)
         except LocalError as error:
-            _log.warning("cut peer %s off: %s", self.peer_id, error)
+            _log.warning("cut peer %s off: %s", self._name, error)
         except OSError as error:  # of the socket: ssl.SSLError and TimeoutError are such
-            _log.info("lost peer %s at %s: %s", self.peer_id, self.host, error)
+            _log.info("lost peer %s at %s: %s", self._name, self.host, error)
         except Exception:
-            _log.exception("serving peer %s failed", self.peer_id)
+            _log.exception("serving peer %s failed", self._name)
         finally:
             # Counted before the peer sees the end: who waits for it finds it counted.
             self._table.dismiss(self, failed=failed and not self._table.is_closing())
@@ -408,15 +350,16 @@ class _Connection:
 
     def _handshake(self) -> ssl.SSLSocket:
         self._raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._raw.settimeout(self._limits.handshake_timeout_s)
+        self._raw.settimeout(self._times.handshake_timeout_s)
         with self._abort_lock:
             secured = self._identity.server_context.wrap_socket(
                 self._raw, server_side=True, do_handshake_on_connect=False
             )
             self._raw = secured
         secured.do_handshake()
-        peer_id = peer_id_of(secured)
-        self._busy = not self._table.identify(self, peer_id, self._limits.per_peer)
+        self._name = peer_id_of(secured)
+        self._busy = not self._table.identify(self, self._name, time.monotonic())
+        self._output = memoryview(bytearray(SEND_BUFFER_BYTES))
         return secured
 
     def _answer_all(self) -> None:
@@ -437,13 +380,15 @@ class _Connection:
         head_end = http1.find_head(self._input, self._start, self._end)
         if head_end is None:
             self._flush()
-            limits = self._limits
-            wait_s = limits.idle_timeout_s if self.proved else limits.handshake_timeout_s
-            deadline = time.monotonic() + wait_s
+            times = self._times
+            wait_s = times.idle_timeout_s if self.proved else times.handshake_timeout_s
+            self.idle_since = time.monotonic()
+            deadline = self.idle_since + wait_s
             while head_end is None:
                 if not self._receive(deadline):
                     return None
                 head_end = http1.find_head(self._input, self._start, self._end)
+            self.idle_since = None
         head = bytes(self._input[self._start : head_end])
         self._start = head_end
         return head
@@ -466,7 +411,7 @@ class _Connection:
     def _refusal_of_peer(self) -> int | None:
         if self._busy:
             return http1.UNAVAILABLE
-        if self.peer_id is None or not self._allow(self.peer_id):
+        if not self._allow(self._name):
             return http1.FORBIDDEN
         self._table.prove(self)
         return None
@@ -527,16 +472,31 @@ class _Connection:
             offset += len(view)
 
     def _flush(self) -> None:
-        """Send what is collected; each slice has the whole deadline."""
+        """Send what is collected, as fast as the limiter and the reader's patience allow."""
         if not self._filled:
             return
-        if self.peer_id is not None:
-            # Before sending: a peer that has the bytes finds them counted.
-            self._table.count(self.peer_id, self._filled_requests, self._filled_bytes)
-        self._socket.settimeout(self._limits.send_timeout_s)
-        for start in range(0, self._filled, SEND_SLICE_BYTES):
-            self._socket.sendall(self._output[start : min(self._filled, start + SEND_SLICE_BYTES)])
+        # Before sending: a peer that has the bytes finds them counted.
+        self._table.count(self._name, self._filled_requests, self._filled_bytes)
+        most = SEND_SLICE_BYTES
+        if self._limiter is not None:
+            most = min(most, self._limiter.slice_bytes)
+        start = 0
+        while start < self._filled:
+            stop = min(self._filled, start + self._patience.slice_bytes(most))
+            if self._limiter is not None:
+                self._limiter.take(self._name, stop - start)
+            self._send(self._output[start:stop])
+            start = stop
         self._filled = self._filled_requests = self._filled_bytes = 0
+
+    def _send(self, data: memoryview) -> None:
+        begun = time.monotonic()
+        self._socket.settimeout(max(_SHORTEST_WAIT_S, self._patience.left_s))
+        try:
+            self._socket.sendall(data)
+        except TimeoutError:
+            raise ProtocolError("took too little of its answer for too long") from None
+        self._patience.note(len(data), time.monotonic() - begun)
 
     def _finish(self, refusal: bytes) -> None:
         """Send a last answer, and give the peer a moment to read it."""
@@ -562,9 +522,3 @@ def _shutdown(sock: socket.socket, how: int) -> None:
     the socket would go on in the clear.
     """
     socket.socket.shutdown(sock, how)
-
-
-def _decrement(counter: Counter[str], key: str) -> None:
-    counter[key] -= 1
-    if counter[key] <= 0:
-        del counter[key]  # keys come from outside: none stays behind

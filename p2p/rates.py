@@ -1,29 +1,103 @@
 """Holding a rate, fairly: one limit in bytes per second for all that share it.
 
-Whoever is about to move bytes takes them from the limiter first, and waits its turn.
-Turns go by start-time fair queueing (Goyal, Vin, Cheng 1996): each key, such as a
-neighbour, has a virtual clock that advances by the bytes it took, and the key that is
-furthest behind goes next. So a neighbour with eight connections gets no more than one
-with a single connection, and nobody starves.
+Whoever is about to move bytes takes them from the limiter first, and waits its turn,
+which `fair_queue` decides. Take `slice_bytes` at a time: small enough that everybody's
+bytes keep flowing, large enough to cost nothing.
 
-Threads wait here; nothing does I/O.
+Also reads rates as people write them. Threads wait here; nothing does I/O.
 """
 
 from __future__ import annotations
 
-import heapq
-import itertools
+import re
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 
-BURST_S = 0.02
-"""Idle time that may be caught up, in seconds of the rate: hides the scheduler's delays,
-and is far below what a neighbour or a meter would notice."""
+from tensorswarm.store.errors import BadInput
 
-MIN_BYTES_PER_S = 1024.0
-"""Lowest rate accepted: below it, one slice takes longer than any deadline."""
+from .fair_queue import FairQueue, Turn
+
+MIN_BYTES_PER_S = 16 << 10
+"""Lowest rate accepted. Each source or neighbour needs some 4 KiB/s, or the other side
+takes it for one that hangs; this is enough for four of them."""
+
+MAX_BYTES_PER_S = 1e12
+"""Highest rate accepted: 8 Tbit/s. What is above was mistyped."""
+
+MAX_RATE_TEXT = 40
+"""Characters of a rate that are read."""
+
+SLICE_S = 0.01
+"""Seconds of the rate to take at a time: far below the burst that is let pass anyway."""
+
+MIN_SLICE_BYTES = 4 << 10
+"""Smallest slice: each costs a system call, and a TLS record's 22 bytes."""
+
+MAX_SLICE_BYTES = 128 << 10
+"""Largest slice: beyond, taking it costs nothing any more beside sending it."""
+
+_RATE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([kmgt]i?)?(b|bit|bits|byte|bytes)?(/s|ps)?", re.I)
+_FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY_FACTORS = {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
+
+
+def parse_rate(text: str) -> float:
+    """Read a rate: ``5MB/s``, ``500k``, ``1.5 MiB/s``, ``40Mbit``, ``100 Mbps``.
+
+    A bare number is bytes per second; ``k``, ``M``, ``G``, ``T`` are powers of 1000,
+    ``Ki`` and so on of 1024, in either case. ``B`` is bytes and ``bit`` bits; ``Mbps``
+    is bits, as everywhere, and any other lower-case ``b`` is refused, because people
+    mean either.
+
+    Returns
+    -------
+    float
+        Bytes per second.
+
+    Raises
+    ------
+    BadInput
+        It is no rate, or one that makes no sense.
+    """
+    match = _RATE.fullmatch(text.strip()[:MAX_RATE_TEXT])
+    if match is None:
+        raise BadInput(f"{text[:MAX_RATE_TEXT]!r} is not a rate such as 5MB/s, 500k or 40Mbit")
+    number, prefix, unit, per_second = (part or "" for part in match.groups())
+    if unit == "b" and per_second.lower() != "ps":
+        raise BadInput(f"{text!r} could be bits or bytes: write {prefix}bit or {prefix}B")
+    is_bits = unit == "b" or unit.lower().startswith("bit")
+    factor = (_FACTORS | _BINARY_FACTORS)[prefix.lower()]
+    return check_rate(float(number) * factor / (8 if is_bits else 1))
+
+
+def check_rate(bytes_per_s: float) -> float:
+    """Return a rate in bytes per second if it makes sense.
+
+    Raises
+    ------
+    BadInput
+        It is below `MIN_BYTES_PER_S`, above `MAX_BYTES_PER_S`, or no number.
+    """
+    if not MIN_BYTES_PER_S <= bytes_per_s <= MAX_BYTES_PER_S:
+        raise BadInput(
+            f"a rate limit of {bytes_per_s:.15g} bytes/s is not between {MIN_BYTES_PER_S} "
+            f"and {MAX_BYTES_PER_S:.0e}; without the option there is no limit"
+        )
+    return bytes_per_s
+
+
+def limiter_of(limit: float | str | None) -> RateLimiter | None:
+    """Return the limiter of a limit as a caller may give it; None for none.
+
+    Raises
+    ------
+    BadInput
+        It is no rate.
+    """
+    if limit is None:
+        return None
+    return RateLimiter(parse_rate(limit) if isinstance(limit, str) else limit)
 
 
 class RateLimiter:
@@ -32,23 +106,23 @@ class RateLimiter:
     Parameters
     ----------
     bytes_per_s : float
-        The rate, at least `MIN_BYTES_PER_S`.
+        The rate, from `MIN_BYTES_PER_S` to `MAX_BYTES_PER_S`.
     clock : callable
         Gives seconds, never going back.
+
+    Raises
+    ------
+    BadInput
+        The rate makes no sense.
     """
 
     def __init__(self, bytes_per_s: float, *, clock: Callable[[], float] = time.monotonic) -> None:
-        if not bytes_per_s >= MIN_BYTES_PER_S:
-            raise ValueError(f"a rate of {bytes_per_s} bytes/s is below {MIN_BYTES_PER_S:.0f}")
-        self.bytes_per_s = bytes_per_s
+        self.bytes_per_s = check_rate(bytes_per_s)
+        self.slice_bytes = int(min(max(bytes_per_s * SLICE_S, MIN_SLICE_BYTES), MAX_SLICE_BYTES))
         self._clock = clock
-        self._free_at = clock()
-        self._virtual = 0.0
-        self._finish: dict[str, float] = {}
-        self._waiters: Counter[str] = Counter()
-        self._queue: list[tuple[float, int]] = []
-        self._tickets = itertools.count()
-        self._changed = threading.Condition()
+        self._queue = FairQueue(bytes_per_s, clock())
+        self._lock = threading.Lock()
+        self._waiters: dict[Turn, threading.Condition] = {}
         self._closed = False
 
     def take(self, key: str, byte_count: int) -> None:
@@ -56,39 +130,35 @@ class RateLimiter:
 
         Returns at once after `close`.
         """
-        with self._changed:
-            tag = max(self._virtual, self._finish.get(key, 0.0))
-            self._finish[key] = tag + byte_count
-            self._waiters[key] += 1
-            turn = (tag, next(self._tickets))
-            heapq.heappush(self._queue, turn)
-            while not self._closed:
-                wait_s = self._free_at - self._clock()
-                if self._queue[0] == turn and wait_s <= 0:
-                    break
-                self._changed.wait(wait_s if self._queue[0] == turn else None)
-            self._queue.remove(turn)
-            heapq.heapify(self._queue)
-            self._virtual = max(self._virtual, tag)
-            self._free_at = (
-                max(self._free_at, self._clock() - BURST_S) + byte_count / self.bytes_per_s
-            )
-            self._leave(key)
-            self._changed.notify_all()
+        with self._lock:
+            if self._closed:
+                return
+            turn = self._queue.enter(key, byte_count)
+            if not self._wait(turn):
+                return
+            self._queue.grant(self._clock())
+            following = self._queue.first()
+            if following is not None:
+                self._waiters[following].notify()
 
-    def _leave(self, key: str) -> None:
-        """Forget keys that wait for nothing and are not ahead of the others."""
-        self._waiters[key] -= 1
-        if not self._waiters[key]:
-            del self._waiters[key]
-            if self._finish[key] <= self._virtual:
-                del self._finish[key]
-        if not self._queue:
-            self._finish.clear()
-            self._virtual = 0.0
+    def _wait(self, turn: Turn) -> bool:
+        """Wait for a turn; False when the limiter was closed. Only the first watches the clock."""
+        changed = self._waiters[turn] = threading.Condition(self._lock)
+        try:
+            while not self._closed:
+                if self._queue.first() != turn:
+                    changed.wait()
+                elif (wait_s := self._queue.wait_s(self._clock())) > 0:
+                    changed.wait(wait_s)
+                else:
+                    return True
+            return False
+        finally:
+            del self._waiters[turn]
 
     def close(self) -> None:
         """Let everybody through who waits, now and later."""
-        with self._changed:
+        with self._lock:
             self._closed = True
-            self._changed.notify_all()
+            for changed in self._waiters.values():
+                changed.notify()

@@ -24,6 +24,7 @@ IO_FREE = (
     "p2p/source.py",
     "p2p/origin.py",
     "p2p/http1.py",
+    "p2p/fair_queue.py",
     "store/cid.py",
     "store/digest.py",
     "store/dtypes.py",

@@ -10,7 +10,7 @@ import threading
 import pytest
 from libp2p.security.tls.certificate import generate_self_signed_cert
 
-from tensorswarm.p2p import bulk_server as server_module
+from tensorswarm.p2p import bulk_table
 from tensorswarm.p2p.bulk_client import (
     BulkConnection,
     Busy,
@@ -276,7 +276,7 @@ def test_who_does_not_shake_hands_is_cut_off() -> None:
 def test_a_reader_that_takes_nothing_is_cut_off() -> None:
     huge = make_object(0)._replace(data=bytes(64 << 20))
     shelf = MemoryShelf(huge)
-    with bulk_server(shelf, send_timeout_s=0.2) as server:
+    with bulk_server(shelf, read_patience_s=0.2) as server:
         connection = connect(server)
         connection.send_get(huge.digest, 0, len(huge.data))
         connection.read_head()
@@ -303,18 +303,68 @@ def test_a_broken_disk_ends_that_connection_only() -> None:
 
 
 def test_connections_are_limited_in_all() -> None:
-    shelf = MemoryShelf(SMALL)
-    with bulk_server(shelf, max_connections=1) as server:
+    with bulk_server(MemoryShelf(SMALL), max_connections=1) as server:
         first = connect(server)
         fetch(first, SMALL.digest, 0, 1)
-        with pytest.raises((Unreachable, Closed)):
-            connect(server, 2)
-        assert server.statistics().turned_away == 1
-        first.close()
-        assert shelf.reader_closed.wait(WAIT_S)
         second = connect(server, 2)
-        fetch(second, SMALL.digest, 0, 1)
+        second.send_get(SMALL.digest, 0, 1)
+        with pytest.raises(Busy):
+            second.read_head()
+        assert server.statistics().turned_away == 1
+        assert fetch(first, SMALL.digest, 0, 5) == SMALL.data[:5]
+        first.close()
         second.close()
+
+
+def test_handshakes_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bulk_table, "MAX_UNIDENTIFIED", 1)
+    with bulk_server(MemoryShelf(SMALL), max_connections=1) as server:
+        first = connect(server)
+        fetch(first, SMALL.digest, 0, 1)
+        with (
+            socket.create_connection(server.address, timeout=WAIT_S),
+            socket.create_connection(server.address, timeout=WAIT_S) as third,
+        ):
+            assert third.recv(1) == b""
+        first.close()
+
+
+def test_who_has_most_makes_room_for_a_newcomer() -> None:
+    with bulk_server(MemoryShelf(SMALL), max_connections=3) as server:
+        made = []
+        for number in (1, 1, 1, 2, 3):
+            made.append(connect(server, number))
+            assert fetch(made[-1], SMALL.digest, 0, 5) == SMALL.data[:5]
+        for cut in made[1:3]:  # the youngest of peer 1
+            with pytest.raises(Closed):
+                fetch(cut, SMALL.digest, 0, 1)
+        made.append(connect(server, 4))
+        with pytest.raises(Busy):  # nobody has more than one any more
+            fetch(made[-1], SMALL.digest, 0, 1)
+        for number in (0, 3, 4):
+            assert fetch(made[number], SMALL.digest, 0, 5) == SMALL.data[:5]
+        for each in made:
+            each.close()
+
+
+def test_who_is_idle_makes_room_for_a_newcomer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bulk_table, "IDLE_GRACE_S", 0.0)
+    shelf = MemoryShelf(SMALL)
+    with bulk_server(shelf, max_connections=1) as server:
+        idle = connect(server)
+        fetch(idle, SMALL.digest, 0, 1)
+        busy = None
+        while busy is None:  # until the server's thread has come to wait
+            busy = connect(server, 2)
+            busy.send_get(SMALL.digest, 0, 5)
+            try:
+                busy.read_head()
+            except Busy:
+                busy = None
+        with pytest.raises(Closed):
+            fetch(idle, SMALL.digest, 0, 1)
+        idle.close()
+        busy.close()
 
 
 def test_connections_are_limited_for_each_peer() -> None:
@@ -340,7 +390,7 @@ def test_strangers_from_one_address_cannot_take_every_place() -> None:
 
 
 def test_the_table_of_peers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "MAX_TRACKED_PEERS", 2)
+    monkeypatch.setattr(bulk_table, "MAX_TRACKED_PEERS", 2)
     with bulk_server(MemoryShelf(SMALL)) as server:
         for number in (1, 2, 1, 3):
             connection = connect(server, number)
