@@ -51,6 +51,7 @@ _MAX_VARINT_BYTES = 5
 FIND_NODE = Message.MessageType.FIND_NODE
 GET_PROVIDERS = Message.MessageType.GET_PROVIDERS
 ADD_PROVIDER = Message.MessageType.ADD_PROVIDER
+PING = Message.MessageType.PING
 
 
 class Question(NamedTuple):
@@ -97,10 +98,17 @@ def framed(message: Message) -> bytes:
 
 
 class Deframer:
-    """Cuts a stream of bytes into messages. Does no I/O."""
+    """Cuts a stream of bytes into messages. Does no I/O.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    max_message_bytes : int
+        Longest message taken.
+    """
+
+    def __init__(self, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
         self._buffer = bytearray()
+        self._max_message_bytes = max_message_bytes
 
     def feed(self, data: bytes) -> None:
         """Take bytes as they came."""
@@ -125,7 +133,7 @@ class Deframer:
         return None
 
     def _take(self, start: int, length: int) -> Message | None:
-        if length > MAX_MESSAGE_BYTES:
+        if length > self._max_message_bytes:
             raise ProtocolError(f"a DHT message of {length} bytes")
         if len(self._buffer) < start + length:
             return None

@@ -25,7 +25,9 @@ What it does not do: decide what is announced, or connect to providers.
 from __future__ import annotations
 
 import logging
+import random
 import secrets
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -40,6 +42,7 @@ from tensorswarm.store.cid import dht_key
 from tensorswarm.store.errors import RemoteError, TensorswarmError
 
 from .addresses import PeerAddress
+from .dht_file import DhtFile
 from .dht_lookup import ALPHA, Lookup
 from .dht_publish import Announcement, Publisher
 from .dht_rpc import KAD_PROTOCOL, Question, ask, find_node, get_providers, peers_in
@@ -71,8 +74,9 @@ MAX_DEAD = 1_000
 REFRESH_S = 600.0
 """How often the routing table is refreshed (specification: 10 minutes), in seconds."""
 
-DEFAULT_PROVIDERS = 20
-"""Providers a search ends with, unless told otherwise."""
+DEFAULT_PROVIDERS = 200
+"""Providers a search ends with, unless told otherwise. Far more than the 20 of one
+answer: whoever came first under a key need not be whoever has the bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,14 +124,28 @@ class Discovery:
     server : bool
         Whether to answer others. False for short-lived nodes and those that
         nobody can reach: they ask only.
+    clock : callable
+        Gives the time in seconds since 1970, for records.
+    rng : random.Random, optional
+        Source of all random choices.
+    file : DhtFile, optional
+        Where records survive the process.
     """
 
-    def __init__(self, host: Host, *, server: bool = True) -> None:
+    def __init__(
+        self,
+        host: Host,
+        *,
+        server: bool = True,
+        clock: Callable[[], float] = time.time,
+        rng: random.Random | None = None,
+        file: DhtFile | None = None,
+    ) -> None:
         self._host = host
-        self._dht = GuardedDht(host, server=server)
+        self._dht = GuardedDht(host, server=server, clock=clock, rng=rng, file=file)
         self._dead: dict[str, float] = {}
         self._publisher = Publisher(host, self._known_nodes, self._find_nodes)
-        self._dht.on_node = self._publisher.nodes_have_come
+        self._dht.on_node = lambda _peer_id: self._publisher.nodes_have_come()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep the routing table fresh and our keys announced, until cancelled."""
@@ -136,7 +154,8 @@ class Discovery:
             task_status.started()
             while True:
                 await trio.sleep(REFRESH_S)
-                self._dht.records.cleanup_expired()
+                self._dht.records.expire()
+                await self._dht.records.settle()
                 self._dht.value_store.cleanup_expired()
                 for key in (ID.from_string(self._host.peer_id).to_bytes(), _random_peer_id()):
                     await self._find_nodes(key)
@@ -276,10 +295,7 @@ class Discovery:
                 offer(peers_in(answer.providerPeers, self._host.remote_host(node)))
 
         with send, scope:
-            offer(
-                PeerAddress(str(info.peer_id), tuple(str(addr) for addr in info.addrs))
-                for info in self._dht.records.others(key)
-            )
+            offer(self._dht.records.others(key))
             await self._look_up(key, get_providers(key), (), timeout_s, take)
 
     # ---- looking up

@@ -30,6 +30,7 @@ from .addresses import PeerAddress, parse_peer_address, tcp_host
 from .announcer import Announcer
 from .answers import Answers
 from .bulk_server import BulkServer
+from .dht_file import FILE_NAME, DhtFile
 from .discovery import Discovery
 from .fetch import Fetch, FetchOptions, Progress
 from .host import Host
@@ -153,7 +154,14 @@ class Node:
         )
         self._bulk.start()
         stack.callback(self._bulk.close)
-        self.discovery = Discovery(self._host, server=self._server)
+        self._dht_file = None
+        if lock is not None and self._server:
+            path = self.store.root / FILE_NAME
+            self._dht_file = await trio.to_thread.run_sync(DhtFile, path)
+            stack.callback(self._dht_file.close)
+        self.discovery = Discovery(
+            self._host, server=self._server, rng=self._rng, file=self._dht_file
+        )
         self._nursery = await stack.enter_async_context(trio.open_nursery())
         stack.callback(self._nursery.cancel_scope.cancel)
         await self._nursery.start(self.discovery.run)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
 from multiaddr import Multiaddr
 
-from tensorswarm.p2p import dht_publish, dht_server
+from tensorswarm.p2p import dht_publish, dht_records, dht_server
 from tensorswarm.p2p import discovery as discovery_module
 from tensorswarm.p2p.dht_rpc import (
     KAD_PROTOCOL,
@@ -93,15 +93,16 @@ async def providers(discovery: Discovery, digest: bytes, **options: Any) -> list
 def event_when_recorded(discovery: Discovery, count: int = 1) -> trio.Event:
     """Return an event for when a node has kept `count` records that others sent it."""
     records, recorded, left = discovery.dht.records, trio.Event(), [count]
-    inner = records.add_provider
+    inner = records.take
 
-    def add_provider(key: bytes, provider: PeerInfo) -> None:
-        inner(key, provider)
+    def take(key: bytes, peer_id: str, claimed: Sequence[bytes]) -> bool:
+        kept = inner(key, peer_id, claimed)
         left[0] -= 1
         if left[0] == 0:
             recorded.set()
+        return kept
 
-    records.add_provider = add_provider  # type: ignore[method-assign]
+    records.take = take  # type: ignore[method-assign]
     return recorded
 
 
@@ -144,12 +145,13 @@ def test_the_answer_comes_from_the_network_and_not_from_what_was_found_before() 
             (a, first), (b, second) = net.nodes
             await second.announce([WANTED])
             assert len(await providers(first, WANTED)) == 1
-            first.dht.records.cleanup_expired()
-            assert [info.peer_id for info in first.dht.records.others(dht_key(WANTED))] == [
-                ID.from_string(b.peer_id)  # it was told so, and not by its own search
+            first.dht.records.expire()
+            assert [peer.peer_id for peer in first.dht.records.others(dht_key(WANTED))] == [
+                b.peer_id  # it was told so, and not by its own search
             ]
             second.withdraw([WANTED])
-            first.dht.records._remove(dht_key(WANTED), ID.from_string(b.peer_id))
+            raw_id = ID.from_string(b.peer_id).to_bytes()
+            first.dht.records.table.remove(dht_key(WANTED), raw_id)
             assert await providers(first, WANTED) == []
 
     run(main)
@@ -506,65 +508,21 @@ def test_only_what_a_peer_says_of_itself_is_kept_and_with_addresses_to_be_believ
                     question = Question(Message.MessageType.ADD_PROVIDER, announcement)
                     await ask(visitor, server.peer_id, question, 5)
                 (kept,) = discovery.dht.records.others(dht_key(WANTED))
-                assert str(kept.peer_id) == visitor.peer_id
-                assert [str(addr) for addr in kept.addrs] == [
-                    f"/ip4/9.9.9.9/tcp/{port}" for port in range(1, 9)
-                ]
+                assert kept.peer_id == visitor.peer_id
+                assert list(kept.addrs) == [f"/ip4/9.9.9.9/tcp/{port}" for port in range(1, 9)]
 
     run(main)
-
-
-def test_records_are_bounded_and_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dht_server, "MAX_PROVIDERS_PER_KEY", 3)
-    monkeypatch.setattr(dht_server, "MAX_RECORDS", 10)
-    monkeypatch.setattr(dht_server, "MAX_RECORDS_PER_PEER", 4)
-
-    def peer(number: int) -> PeerInfo:
-        return PeerInfo(
-            ID(b"\x12\x20" + number.to_bytes(32, "big")), [Multiaddr("/ip4/9.9.9.9/tcp/1")]
-        )
-
-    async def main() -> None:
-        clock = trio.testing.MockClock()
-        monkeypatch.setattr(trio, "current_time", clock.current_time)
-        records = dht_server.ProviderRecords(Host())
-        records.add_own(b"popular")
-        for number in range(5):
-            records.add_provider(b"popular", peer(number))
-        records.add_provider(b"popular", peer(2))  # renewed: it stays longest
-        records.add_provider(b"popular", peer(9))
-        found = [
-            int.from_bytes(info.peer_id.to_bytes()[2:], "big")
-            for info in records.others(b"popular")
-        ]
-        assert found == [9, 2, 4]
-        for number in range(6):  # one peer may not fill the store
-            records.add_provider(b"key %d" % number, peer(7))
-        assert records.size() == 3 + 4
-        for number in range(20, 26):  # nor may many
-            records.add_provider(b"more", peer(number))
-            records.add_provider(b"key %d" % number, peer(number))
-        assert records.size() == 10
-        assert len(records._by_key) <= 10
-        clock.jump(dht_server.RECORD_LIFETIME_S)
-        assert records.others(b"more") == []
-        records.cleanup_expired()
-        assert records.size() == 0
-        assert (records._by_key, records._addrs, records._count_of) == ({}, {}, {})
-        assert len(records.get_providers(b"popular")) == 1  # ours does not run out
-
-    trio.run(main)
 
 
 def test_values_are_bounded_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     from libp2p.kad_dht.pb.kademlia_pb2 import Record
 
-    monkeypatch.setattr(dht_server, "MAX_VALUES_BYTES", 10_000)
-    store = dht_server.ValueRecords(Host().libp2p, ID(b"x"))
+    monkeypatch.setattr(dht_records, "MAX_VALUES_BYTES", 10_000)
+    store = dht_records.ValueRecords(Host(), ID(b"x"))
     for number in range(50):
         key = b"/ipns/%d" % number
         store.put_record(key, Record(key=key, value=bytes(1000)))
     assert 5 <= store.size() <= 10
     assert store.get(b"/ipns/49") is not None
     with pytest.raises(ValueError, match="a value of"):
-        store.put_record(b"k", Record(key=b"k", value=bytes(dht_server.MAX_VALUE_BYTES)))
+        store.put_record(b"k", Record(key=b"k", value=bytes(dht_records.MAX_VALUE_BYTES)))

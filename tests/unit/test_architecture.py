@@ -23,6 +23,7 @@ IO_FREE = (
     "p2p/chunk_map.py",
     "p2p/source.py",
     "p2p/origin.py",
+    "p2p/provider_table.py",
     "p2p/http1.py",
     "p2p/fair_queue.py",
     "store/cid.py",
