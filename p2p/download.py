@@ -31,12 +31,11 @@ from . import wire
 from .neighbours import Neighbours
 from .origin import FileRange, display_url
 from .origin_source import OriginSource
-from .peer_source import PeerSource
 from .results import SourceReport
+from .routes import Routes, Via
 from .sink import ChunkCame, EventQueue, Progressed, RequestDone, SourceFailed, StoreSink
 from .source import Failure, Outcome, SourceWorker, Span
 from .swarm import Ask, Cancel, Drop, Planner, SourceKind
-from .tls import BulkIdentity
 
 RETRY_BACKOFF_S = (1.0, 3.0, 10.0)
 """Pauses before a source that failed for a passing reason is tried again."""
@@ -48,9 +47,6 @@ TICK_S = 1.0
 """Longest sleep of the loop, so that the time-outs that concern the whole are noticed."""
 
 PASSING = frozenset({Failure.STALLED, Failure.CLOSED, Failure.UNREACHABLE})
-
-AddressFinder = Callable[[str], Sequence[tuple[str, int]]]
-"""Gives the bulk-plane addresses of a peer, best first; none if it has none."""
 
 
 @dataclass
@@ -78,6 +74,7 @@ class _Source:
 
     kind: SourceKind
     worker: SourceWorker | None = None
+    via: Via | None = None
     failures: int = 0
     failure: Failure | None = None
     reason: str = ""
@@ -100,10 +97,8 @@ class Download:
         The objects, each partly proved perhaps; positions are the object indices.
     neighbours : Neighbours
         The peers, and where they say what they hold.
-    identity : BulkIdentity
-        Our certificate on the bulk plane.
-    addresses : callable
-        Finds a peer's bulk-plane addresses.
+    routes : Routes
+        The ways to a peer's bytes.
     origins : sequence of OriginSpec
         Origins to use at once.
     rng : random.Random
@@ -120,8 +115,7 @@ class Download:
         incoming: Sequence[Incoming],
         *,
         neighbours: Neighbours,
-        identity: BulkIdentity,
-        addresses: AddressFinder,
+        routes: Routes,
         origins: Sequence[OriginSpec],
         rng: random.Random,
         on_progress: Callable[[int], None],
@@ -130,8 +124,7 @@ class Download:
         self._incoming = incoming
         self._index_of = {each.digest: i for i, each in enumerate(incoming)}
         self._neighbours = neighbours
-        self._identity = identity
-        self._addresses = addresses
+        self._routes = routes
         self._origins = origins
         self._on_progress = on_progress
         self._events = EventQueue()
@@ -234,7 +227,8 @@ class Download:
                 self._planner.request_done(now, source, request_id)
             case SourceFailed(source, None, failure, detail):
                 self._planner.remove_source(now, source)
-                self._give_up(now, source, failure, detail)
+                if failure is not Failure.UNREACHABLE or not self._fall_back(now, source):
+                    self._give_up(now, source, failure, detail)
             case SourceFailed(source, int(request_id), failure, detail):
                 self._request_failed(now, source, request_id, failure, detail)
 
@@ -308,13 +302,21 @@ class Download:
                 name, self._places(origin), origin.urls, self._sink, self._events
             )
         else:
-            addresses = self._addresses(name)
-            if not addresses:
-                return
-            source.worker = PeerSource(name, addresses, self._identity, self._sink, self._events)
+            source.via, source.worker = self._routes.start(now, name, self._sink, self._events)
         self._planner.add_source(now, name, source.kind)
         for index, proved in source.holds.items():
             self._planner.source_holds(now, name, index, proved)
+
+    def _fall_back(self, now: float, name: str) -> bool:
+        """Ask a peer over a stream whose bulk plane cannot be reached; False if it has none."""
+        source = self._sources.get(name)
+        if source is None or source.worker is None or source.via is not Via.BULK:
+            return False
+        self._routes.bulk_failed(now, name)
+        source.worker.close()
+        self._forget_asked(name)
+        self._restart(now, name, source)
+        return True
 
     def _on_have(self, peer_id: str, entries: Sequence[wire.HaveEntry]) -> None:
         """Hear what a neighbour holds (answers and news alike)."""
@@ -376,13 +378,16 @@ class Download:
             return
         source.worker.close()
         source.worker = None
-        self._asked = {key: spans for key, spans in self._asked.items() if key[0] != name}
+        self._forget_asked(name)
         source.dropped = True
         source.failure = failure
         source.reason = detail or failure.value
         if not source.banned and source.failures < len(RETRY_BACKOFF_S):
             source.retry_at = now + RETRY_BACKOFF_S[source.failures]
         source.failures += 1
+
+    def _forget_asked(self, name: str) -> None:
+        self._asked = {key: spans for key, spans in self._asked.items() if key[0] != name}
 
     def _retry_sources(self, now: float) -> None:
         for name, source in self._sources.items():
@@ -482,6 +487,7 @@ class Download:
                         counted.proved_bytes,
                         dropped,
                         source.reason if source is not None else "",
+                        source.via.value if source is not None and source.via else None,
                     )
                 )
         return reports, statistics.duplicate_bytes + statistics.refused_bytes

@@ -15,7 +15,7 @@ import contextlib
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -357,8 +357,7 @@ class Fetch:
         return Download(
             incoming,
             neighbours=services.neighbours,
-            identity=services.identity,
-            addresses=services.bulk_addresses,
+            routes=services.routes,
             origins=origins,
             rng=services.rng,
             on_progress=count,
@@ -457,10 +456,11 @@ class Fetch:
         reports, wasted = download.reports() if download is not None else ([], 0)
         by_id = {(report.kind, report.id): report for report in reports}
         for peer_id, count in (+self._overhead).items():
-            old = by_id.get(("peer", peer_id), SourceReport("peer", peer_id, 0, False))
-            by_id["peer", peer_id] = SourceReport(
-                "peer", peer_id, old.bytes + count, old.dropped, old.reason
-            )
+            old = by_id.get(("peer", peer_id))
+            if old is None:  # it gave a manifest or a chunk list, on the control stream
+                via = self._services.routes.without_bulk(peer_id).value
+                old = SourceReport("peer", peer_id, 0, False, via=via)
+            by_id["peer", peer_id] = replace(old, bytes=old.bytes + count)
         self._overhead.clear()
         result.sources = sorted(by_id.values(), key=lambda report: -report.bytes)
         result.bytes_peers = sum(r.bytes for r in result.sources if r.kind == "peer")

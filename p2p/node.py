@@ -37,7 +37,9 @@ from .host import Host
 from .identity import identity_for
 from .neighbours import Neighbours
 from .results import FetchResult
+from .routes import Routes, bulk_candidates, bulk_told
 from .services import Services
+from .stream_server import BULK_STREAM_PROTOCOL, StreamServer
 from .tls import BulkIdentity
 
 DEFAULT_LISTEN = "/ip4/0.0.0.0/tcp/0"
@@ -154,6 +156,14 @@ class Node:
         )
         self._bulk.start()
         stack.callback(self._bulk.close)
+        self._streams = StreamServer(self.store.open_reader, self.neighbours.is_neighbour)
+        self._host.set_handler(BULK_STREAM_PROTOCOL, self._streams.handle)
+        self._routes = Routes(
+            self._identity,
+            self._bulk_addresses,
+            lambda peer_id: self._host.open_stream(peer_id, BULK_STREAM_PROTOCOL),
+            self._host.start_soon,
+        )
         self._dht_file = None
         if lock is not None and self._server:
             path = self.store.root / FILE_NAME
@@ -178,9 +188,8 @@ class Node:
     def _hello(self) -> wire.Hello:
         _, port = self._bulk.address
         addrs = self._host.addrs()[: wire_limits.MAX_HELLO_ADDRS]
-        return wire.Hello(
-            wire_limits.PROTOCOL_VERSION, f"tensorswarm/{VERSION}", (f":{port}",), addrs, ()
-        )
+        bulk = bulk_told(self._host.advertised_addrs(), port)
+        return wire.Hello(wire_limits.PROTOCOL_VERSION, f"tensorswarm/{VERSION}", bulk, addrs, ())
 
     async def _keep_bootstrapped(self) -> None:
         """Meet the bootstrap peers, and meet them again when they are lost."""
@@ -274,26 +283,17 @@ class Node:
             self.store,
             self.neighbours,
             self.discovery,
-            self._identity,
+            self._routes,
             self._bootstrap,
-            self._bulk_addresses,
             self._rng,
         )
 
     def _bulk_addresses(self, peer_id: str) -> list[tuple[str, int]]:
         """Return where a neighbour's bulk plane is: what it said, seen from here."""
         neighbour = self.neighbours.get(peer_id)
-        seen_at = self._host.remote_host(peer_id)
-        if neighbour is None or seen_at is None:
+        if neighbour is None:
             return []
-        found = []
-        for text in neighbour.hello.bulk:
-            host, port = wire_limits.split_bulk_address(text)
-            # Only the address we see the peer at is dialled: a peer must not make us
-            # connect to third parties.
-            if not host or host == seen_at:
-                found.append((seen_at, port))
-        return found
+        return bulk_candidates(neighbour.hello.bulk, self._host.remote_host(peer_id))
 
     async def meet_bootstrap(self, timeout_s: float) -> dict[str, str]:
         """Meet the bootstrap peers once; return why some could not be met, by address."""
@@ -316,7 +316,7 @@ class Node:
         return {
             "neighbours": len(self.neighbours.all()),
             "routing_table": self.discovery.routing_table_size(),
-            "bytes_served": served.bytes_sent,
+            "bytes_served": served.bytes_sent + self._streams.statistics().bytes_sent,
         }
 
 

@@ -29,13 +29,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from tensorswarm.store.digest import CHUNK_SIZE, chunk_length
 from tensorswarm.store.errors import HashMismatch, LocalError, RemoteError
 
 from .bulk_client import (
-    CONNECT_TIMEOUT_S,
     STALL_TIMEOUT_S,
     BulkConnection,
     Busy,
@@ -45,18 +43,14 @@ from .bulk_client import (
     Stalled,
     Unreachable,
 )
+from .bulk_dial import RACE_TIMEOUT_S, Abortable, Race
 from .http1 import RangeRequest
+from .ranges import Range, ranges_of
 from .source import Failure, Outcome, Report, Request, Sink
 from .tls import BulkIdentity
 
 MAX_QUEUED_REQUESTS = 256
 """Requests submitted and not begun: far more than a planner keeps at one source."""
-
-MAX_ADDRESSES = 8
-"""Addresses tried: with 5 s each, more would hold a thread for a minute."""
-
-MAX_RANGE_CHUNKS = 16
-"""Chunks in one range request: larger ones save nothing, smaller ones can be cancelled."""
 
 MAX_RANGES_AHEAD = 256
 """Range requests on the wire: their 200 bytes each fit the sockets' buffers, so that
@@ -86,22 +80,12 @@ class TooManyRequests(LocalError):
     """More requests were submitted than a source queues."""
 
 
-class _Range(NamedTuple):
-    """Consecutive chunks of one object that are asked for together."""
-
-    object_index: int
-    object_size: int
-    first_chunk: int
-    chunks: int
-    asked: RangeRequest
-
-
 @dataclass(slots=True, eq=False)
 class _Job:
     """A request on its way."""
 
     request: Request
-    ranges: Iterator[_Range]
+    ranges: Iterator[Range]
     on_wire: int = 0
     all_sent: bool = False
     cancelled: bool = False
@@ -116,7 +100,7 @@ class PeerSource:
     source : str
         The peer id, in base58.
     addresses : sequence of (str, int)
-        Where its bulk server may be reached, tried in turn; numeric hosts.
+        Where its bulk server may be reached, best first; raced (see `bulk_dial`).
     identity : BulkIdentity
         Our certificate.
     sink : Sink
@@ -128,7 +112,7 @@ class PeerSource:
     pipeline_depth : int, optional
         Requests that one connection has begun at the same time.
     connect_timeout_s, stall_timeout_s, idle_close_s : float, optional
-        Seconds for one address, for any wait on the peer, and without work.
+        Seconds to connect, for any wait on the peer, and without work.
     """
 
     def __init__(
@@ -141,18 +125,22 @@ class PeerSource:
         *,
         connections: int = 1,
         pipeline_depth: int = 4,
-        connect_timeout_s: float = CONNECT_TIMEOUT_S,
+        connect_timeout_s: float = RACE_TIMEOUT_S,
         stall_timeout_s: float = STALL_TIMEOUT_S,
         idle_close_s: float = IDLE_CLOSE_S,
     ) -> None:
-        def connect(watch: Callable[[BulkConnection], None]) -> BulkConnection:
-            return _connect(source, addresses, identity, connect_timeout_s, stall_timeout_s, watch)
+        def race() -> Race:
+            return Race(
+                addresses,
+                identity,
+                source,
+                timeout_s=connect_timeout_s,
+                stall_timeout_s=stall_timeout_s,
+            )
 
         self._desk = _Desk(source, sink, report)
         self._workers = [
-            _Worker(
-                self._desk, connect, pipeline_depth, idle_close_s, f"bulk-{source[-6:]}-{number}"
-            )
+            _Worker(self._desk, race, pipeline_depth, idle_close_s, f"bulk-{source[-6:]}-{number}")
             for number in range(connections)
         ]
         for worker in self._workers:
@@ -200,7 +188,7 @@ class _Desk:
         self._queue: deque[_Job] = deque()
         self._jobs: dict[int, _Job] = {}
         self._waiting = 0
-        self._links: dict[_Worker, BulkConnection] = {}
+        self._links: dict[_Worker, Abortable] = {}
         self.stopped = False
 
     def submit(self, request: Request) -> None:
@@ -209,7 +197,7 @@ class _Desk:
                 return
             if len(self._queue) >= MAX_QUEUED_REQUESTS:
                 raise TooManyRequests(f"{MAX_QUEUED_REQUESTS} requests wait for {self._source}")
-            job = _Job(request, _ranges_of(request, self.sink))
+            job = _Job(request, ranges_of(request, self.sink))
             self._queue.append(job)
             self._jobs[request.request_id] = job
             self._changed.notify()
@@ -233,7 +221,7 @@ class _Desk:
         with self._changed:
             return self._queue.popleft() if len(self._queue) > self._waiting else None
 
-    def link(self, worker: _Worker, connection: BulkConnection) -> None:
+    def link(self, worker: _Worker, connection: Abortable) -> None:
         """Note the connection that a worker has or is making, so that it can be cut."""
         with self._changed:
             self._links[worker] = connection
@@ -252,7 +240,7 @@ class _Desk:
             if not any(other is not worker for other in self._links):
                 return False
             for job in reversed(jobs):
-                fresh = _Job(job.request, _ranges_of(job.request, self.sink))
+                fresh = _Job(job.request, ranges_of(job.request, self.sink))
                 fresh.cancelled = job.cancelled
                 self._queue.appendleft(fresh)
                 self._jobs[job.request.request_id] = fresh
@@ -310,21 +298,21 @@ class _Worker:
     def __init__(
         self,
         desk: _Desk,
-        connect: Callable[[Callable[[BulkConnection], None]], BulkConnection],
+        race: Callable[[], Race],
         pipeline_depth: int,
         idle_close_s: float,
         name: str,
     ) -> None:
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._desk = desk
-        self._connect = connect
+        self._race = race
         self._pipeline_depth = pipeline_depth
         self._idle_close_s = idle_close_s
         self._connection: BulkConnection | None = None
         self._buffer = memoryview(bytearray(CHUNK_SIZE))
         self._sending: _Job | None = None
         self._open_jobs: list[_Job] = []  # begun and not finished, oldest first
-        self._wire: deque[tuple[_Job, _Range]] = deque()
+        self._wire: deque[tuple[_Job, Range]] = deque()
         self._wire_bytes = 0
         self._chunks_read = 0  # of the first range on the wire
         self._reported_at = 0.0
@@ -371,7 +359,10 @@ class _Worker:
     def _step(self) -> None:
         """Send what may be sent, then receive one chunk."""
         if self._connection is None:
-            self._connection = self._connect(lambda made: self._desk.link(self, made))
+            race = self._race()
+            self._desk.link(self, race)
+            self._connection = race.run()
+            self._desk.link(self, self._connection)
         self._send_ahead(self._connection)
         if self._wire:
             self._receive(self._connection)
@@ -395,7 +386,7 @@ class _Worker:
         if batch:
             connection.send_gets(batch)
 
-    def _next_range(self) -> tuple[_Job, _Range] | None:
+    def _next_range(self) -> tuple[_Job, Range] | None:
         while True:
             job = self._sending
             if job is None:
@@ -502,46 +493,3 @@ def _failure_of(error: RemoteError) -> Failure:
         if isinstance(error, kind):
             return failure
     return Failure.PROTOCOL
-
-
-def _ranges_of(request: Request, sink: Sink) -> Iterator[_Range]:
-    """Yield what a request still asks for, as of the moment it is looked at."""
-    for index, first, count in request.spans:
-        digest, size = sink.wanted(index)
-        chunk, end = first, first + count
-        while chunk < end:
-            run = 0
-            while (
-                chunk + run < end and run < MAX_RANGE_CHUNKS and sink.is_missing(index, chunk + run)
-            ):
-                run += 1
-            if run:
-                offset = chunk * CHUNK_SIZE
-                length = min(size, offset + run * CHUNK_SIZE) - offset
-                yield _Range(index, size, chunk, run, RangeRequest(digest, offset, length))
-            chunk += max(run, 1)
-
-
-def _connect(
-    peer_id: str,
-    addresses: Sequence[tuple[str, int]],
-    identity: BulkIdentity,
-    connect_timeout_s: float,
-    stall_timeout_s: float,
-    watch: Callable[[BulkConnection], None],
-) -> BulkConnection:
-    """Connect to the first address where the peer answers."""
-    faults = []
-    for address in addresses[:MAX_ADDRESSES]:
-        try:
-            return BulkConnection.connect(
-                address,
-                identity,
-                peer_id,
-                timeout_s=connect_timeout_s,
-                stall_timeout_s=stall_timeout_s,
-                watch=watch,
-            )
-        except RemoteError as error:  # somebody else at the address included
-            faults.append(str(error))
-    raise Unreachable("; ".join(faults) or "no address is known")

@@ -26,6 +26,9 @@ class SourceReport:
         Whether it was given up because of what it did.
     reason : str
         Why, or empty.
+    via : str or None
+        The way a peer's bytes took last: ``"bulk"``, ``"stream"`` or ``"relay"``; None
+        for an origin.
     """
 
     kind: str
@@ -33,11 +36,13 @@ class SourceReport:
     bytes: int
     dropped: bool
     reason: str = ""
+    via: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return the report as the command line prints it."""
         return {
             "kind": self.kind,
+            "via": self.via,
             "id": self.id,
             "bytes": self.bytes,
             "dropped": self.dropped,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tensorswarm.store.store import Store
@@ -11,7 +11,7 @@ from tensorswarm.store.store import Store
 from .addresses import PeerAddress
 from .discovery import Discovery
 from .neighbours import Neighbours
-from .tls import BulkIdentity
+from .routes import Routes
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,10 @@ class Services:
         Peers with a control stream.
     discovery : Discovery
         The DHT.
-    identity : BulkIdentity
-        Our certificate on the bulk plane.
+    routes : Routes
+        The ways to a peer's bytes.
     bootstrap : sequence of PeerAddress
         Peers to begin with.
-    bulk_addresses : callable
-        Finds the bulk-plane addresses (host, port) of a neighbour, best first.
     rng : random.Random
         Source of all random choices.
     """
@@ -39,7 +37,6 @@ class Services:
     store: Store
     neighbours: Neighbours
     discovery: Discovery
-    identity: BulkIdentity
+    routes: Routes
     bootstrap: Sequence[PeerAddress]
-    bulk_addresses: Callable[[str], Sequence[tuple[str, int]]]
     rng: random.Random

@@ -61,7 +61,7 @@ def _print_fetch(result: FetchResult, output: Output) -> None:
         output.say()
         rows = [
             [
-                source.kind,
+                f"{source.kind} ({source.via})" if source.via else source.kind,
                 source.id,
                 human_bytes(source.bytes),
                 f"{source.bytes / moved:.0%}" if moved else "-",

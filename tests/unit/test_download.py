@@ -24,10 +24,12 @@ from tensorswarm.p2p.answers import Answers
 from tensorswarm.p2p.bulk_server import BulkServer
 from tensorswarm.p2p.download import Download
 from tensorswarm.p2p.fetch import one_error
+from tensorswarm.p2p.host import Stream
 from tensorswarm.p2p.neighbours import HaveListener, Neighbours
 from tensorswarm.p2p.results import SourceReport
+from tensorswarm.p2p.routes import Routes
 from tensorswarm.store.digest import chunk_list_of, digest_of
-from tensorswarm.store.errors import HashMismatch, NotFound
+from tensorswarm.store.errors import HashMismatch, NoSource, NotFound
 from tensorswarm.store.incoming import Incoming
 from tensorswarm.store.manifest import ObjectRef
 from tensorswarm.store.reader import ObjectReader
@@ -120,8 +122,12 @@ def download_of(
     download = Download(
         incoming,
         neighbours=cast(Neighbours, neighbours),
-        identity=identity(1),
-        addresses=lambda peer_id: [server.address for server in servers] or [("127.0.0.1", 9)],
+        routes=Routes(
+            identity(1),
+            lambda peer_id: [server.address for server in servers] or [("127.0.0.1", 9)],
+            no_stream,
+            trio.lowlevel.spawn_system_task,
+        ),
         origins=[],
         rng=random.Random(0),
         on_progress=lambda byte_count: None,
@@ -129,6 +135,10 @@ def download_of(
     )
     download.open()
     return download
+
+
+async def no_stream(peer_id: str) -> Stream:
+    raise NoSource(f"{peer_id} is not there")
 
 
 def begin_poisoned(store: Store) -> Incoming:
@@ -178,7 +188,7 @@ def test_part_by_a_false_list_is_not_asked_for_and_its_holder_is_no_liar(
             receive_all(theirs, DATA)
             neighbours.say(PEER, Answers(theirs).holdings([DIGEST]))
         reports, wasted_bytes = download.reports()
-        assert reports == [SourceReport("peer", PEER, 2 * MIB, dropped=False)]
+        assert reports == [SourceReport("peer", PEER, 2 * MIB, dropped=False, via="bulk")]
         assert wasted_bytes == 0
 
     with serving(theirs) as (server, asked_for):
