@@ -17,8 +17,10 @@ import { ping } from '@libp2p/ping'
 import { tcp } from '@libp2p/tcp'
 import { multiaddr } from '@multiformats/multiaddr'
 import { createLibp2p } from 'libp2p'
-import { CHUNK_BYTES, assertDigest, cidOf, digestOf, hex, unhex } from './bytes.mjs'
+import { Bulk } from './bulk.mjs'
+import { cidOf, digestOf, hex, unhex } from './bytes.mjs'
 import { takeBlake3Keys } from './dht_keys.mjs'
+import { fetchModel } from './model.mjs'
 import { Control } from './wire.mjs'
 
 const PATIENCE_MS = 15_000
@@ -101,7 +103,7 @@ const commands = {
   },
 
   async hello (command) {
-    const control = await Control.open(node, peerOf(command), inTime())
+    const control = await Control.open(node, peerOf(command))
     await control.close()
     return control.peerHello
   },
@@ -126,12 +128,44 @@ const commands = {
     return bytes === null ? { bytes: null } : { bytes: bytes.length, digest: hex(digestOf(bytes)) }
   },
 
-  /** Fetches one chunk of an object over the control stream, as a blob's part. */
+  /** Size and chunk digests of an object that nothing but its digest is known of. */
   async chunk_digests (command) {
     const control = await Control.open(node, peerOf(command))
     const found = await control.chunkDigests(unhex(command.digest))
     await control.close()
     return found === null ? { chunks: null } : { size: found.size, chunks: found.chunks.map(hex) }
+  },
+
+  /** Fetches a chunk of an object over a bulk stream and checks its BLAKE3. */
+  async chunk (command) {
+    const object = unhex(command.digest)
+    const control = await Control.open(node, peerOf(command))
+    const { size, chunks } = await control.chunkDigests(object)
+    const bulk = await Bulk.open(node, peerOf(command))
+    const bytes = await bulk.chunk(object, size, command.index, chunks[command.index])
+    await bulk.close()
+    await control.close()
+    return { bytes: bytes.length, digest: hex(digestOf(bytes)) }
+  },
+
+  /** Asks for a range over a bulk stream; without a hello before, unless told otherwise. */
+  async range (command) {
+    const control = command.hello === true ? await Control.open(node, peerOf(command)) : null
+    const bulk = await Bulk.open(node, peerOf(command))
+    const bytes = await bulk.range(unhex(command.digest), command.first, command.last)
+    await bulk.close()
+    await control?.close()
+    return { bytes: bytes.length }
+  },
+
+  /** Fetches a model whole, and returns the SHA-256 of its files by path. */
+  async fetch_model (command) {
+    const control = await Control.open(node, peerOf(command))
+    const bulk = await Bulk.open(node, peerOf(command))
+    const files = await fetchModel(control, bulk, unhex(command.digest))
+    await bulk.close()
+    await control.close()
+    return { files }
   }
 }
 
