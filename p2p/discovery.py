@@ -130,6 +130,11 @@ class Discovery:
         Source of all random choices.
     file : DhtFile, optional
         Where records survive the process.
+
+    Attributes
+    ----------
+    searches : int
+        Searches for providers made so far.
     """
 
     def __init__(
@@ -144,8 +149,11 @@ class Discovery:
         self._host = host
         self._dht = GuardedDht(host, server=server, clock=clock, rng=rng, file=file)
         self._dead: dict[str, float] = {}
-        self._publisher = Publisher(host, self._known_nodes, self._find_nodes)
-        self._dht.on_node = lambda _peer_id: self._publisher.nodes_have_come()
+        self.searches = 0
+        self._publisher = Publisher(
+            host, self._known_nodes, self._find_nodes, clock=clock, rng=rng, file=file
+        )
+        self._dht.on_node = self._publisher.node_has_come
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep the routing table fresh and our keys announced, until cancelled."""
@@ -237,6 +245,23 @@ class Discovery:
         for digest in gone:
             self._dht.records.remove_own(dht_key(digest))
 
+    async def check_sample(self) -> int:
+        """Look for a sample of what we announced; return how many of it are gone."""
+        return await self._publisher.check_sample()
+
+    def wake(self) -> None:
+        """Look at once whether anything is to be announced: the clock was moved."""
+        self._publisher.wake()
+
+    def statistics(self) -> dict[str, int | float]:
+        """Return counters: nodes known, look-ups made, records kept, keys announced."""
+        return {
+            "nodes": self.routing_table_size(),
+            "searches": self.searches,
+            "records_kept": self._dht.records.size(),
+            **self._publisher.statistics(),
+        }
+
     # ---- finding
 
     @asynccontextmanager
@@ -260,6 +285,7 @@ class Discovery:
             Gives each `Provider` once, as soon as a node names it, never ourselves;
             ends with the search. Leaving the block ends the search.
         """
+        self.searches += 1
         send, receive = trio.open_memory_channel[Provider](limit)
         scope = trio.CancelScope()
         self._host.start_soon(lambda: self._search(dht_key(digest), send, scope, timeout_s, limit))

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
+from collections.abc import AsyncIterator
 
 import pytest
 import trio
 import trio.testing
-from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
 from libp2p.kad_dht.pb.kademlia_pb2 import Message
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
 from multiaddr import Multiaddr
 
-from tensorswarm.p2p import dht_publish, dht_records, dht_server
+from tensorswarm.p2p import dht_records, dht_server
 from tensorswarm.p2p import discovery as discovery_module
 from tensorswarm.p2p.dht_rpc import (
     KAD_PROTOCOL,
@@ -27,84 +24,13 @@ from tensorswarm.p2p.dht_rpc import (
     find_node,
     framed,
 )
-from tensorswarm.p2p.discovery import Discovery, Provider
+from tensorswarm.p2p.discovery import Provider
 from tensorswarm.p2p.host import Handler, Host, Stream
 from tensorswarm.store.cid import dht_key
 from tensorswarm.store.digest import digest_of
 from tensorswarm.store.errors import NoSource, RemoteError
-from tests.support.hosts import HERE, NOBODY, run
-
-WANTED = digest_of(b"what is looked for")
-
-
-def digests(count: int) -> list[bytes]:
-    return [os.urandom(32) for _ in range(count)]
-
-
-class Network:
-    """Nodes that live as long as the test; the first is everybody's bootstrap."""
-
-    def __init__(self, stack: AsyncExitStack, nursery: trio.Nursery) -> None:
-        self._stack = stack
-        self._nursery = nursery
-        self.nodes: list[tuple[Host, Discovery]] = []
-
-    async def host(self) -> Host:
-        return await self._stack.enter_async_context(Host(listen=[HERE]))
-
-    async def join(self, *, server: bool = True) -> tuple[Host, Discovery]:
-        host = await self.host()
-        discovery = Discovery(host, server=server)
-        await self._nursery.start(discovery.run)
-        if self.nodes:
-            outcome = await discovery.bootstrap([self.nodes[0][0].addrs()[0]])
-            assert outcome.failed == {}
-        self.nodes.append((host, discovery))
-        return host, discovery
-
-    async def stock(self) -> tuple[Host, KadDHT]:
-        """A node that answers as py-libp2p does by itself."""
-        host = await self.host()
-        dht = KadDHT(host.libp2p, DHTMode.SERVER)
-        return host, dht
-
-    async def impostor(self, handler: Handler) -> Host:
-        """A node that answers DHT questions as the test likes."""
-        host = await self.host()
-        host.set_handler(KAD_PROTOCOL, handler)
-        return host
-
-
-@asynccontextmanager
-async def network(size: int = 0) -> AsyncIterator[Network]:
-    async with trio.open_nursery() as nursery, AsyncExitStack() as stack:
-        net = Network(stack, nursery)
-        for _ in range(size):
-            await net.join()
-        yield net
-        nursery.cancel_scope.cancel()
-
-
-async def providers(discovery: Discovery, digest: bytes, **options: Any) -> list[Provider]:
-    async with discovery.find_providers(digest, **{"timeout_s": 10, **options}) as found:
-        return [provider async for provider in found]
-
-
-def event_when_recorded(discovery: Discovery, count: int = 1) -> trio.Event:
-    """Return an event for when a node has kept `count` records that others sent it."""
-    records, recorded, left = discovery.dht.records, trio.Event(), [count]
-    inner = records.take
-
-    def take(key: bytes, peer_id: str, claimed: Sequence[bytes]) -> bool:
-        kept = inner(key, peer_id, claimed)
-        left[0] -= 1
-        if left[0] == 0:
-            recorded.set()
-        return kept
-
-    records.take = take  # type: ignore[method-assign]
-    return recorded
-
+from tests.support.dht_network import WANTED, digests, event_when_recorded, network, providers
+from tests.support.hosts import NOBODY, run
 
 # ---- the ordinary course
 
@@ -191,33 +117,6 @@ def test_bootstrap_says_what_worked_and_why_the_rest_did_not() -> None:
     run(main)
 
 
-def test_without_other_nodes_nothing_is_confirmed_until_one_comes() -> None:
-    async def main() -> None:
-        async with network(1) as net:
-            outcome = await net.nodes[0][1].announce([WANTED])
-            assert (outcome.asked, outcome.confirmed, outcome.nodes) == (1, frozenset(), 0)
-            host = await net.host()
-            newcomer = Discovery(host)
-            recorded = event_when_recorded(newcomer)
-            await newcomer.bootstrap([net.nodes[0][0].addrs()[0]])
-            await recorded.wait()  # by the background task of the first node
-
-    run(main)
-
-
-def test_confirmed_keys_are_announced_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dht_publish, "REPUBLISH_S", 0.01)
-
-    async def main() -> None:
-        async with network(2) as net:
-            recorded = event_when_recorded(net.nodes[0][1], count=2)
-            outcome = await net.nodes[1][1].announce([WANTED])
-            assert outcome.confirmed == {WANTED}
-            await recorded.wait()
-
-    run(main)
-
-
 def test_a_client_asks_and_announces_but_is_never_asked() -> None:
     async def main() -> None:
         async with network(2) as net:
@@ -254,53 +153,7 @@ def test_a_search_can_be_limited_and_left() -> None:
     run(main)
 
 
-def test_many_keys_are_taken_where_stock_nodes_take_ten() -> None:
-    async def main() -> None:
-        async with network(2) as net:
-            keys = digests(1_200)
-            outcome = await net.nodes[1][1].announce(keys)
-            assert outcome.confirmed == set(keys)
-            assert net.nodes[0][1].dht.records.size() == len(keys)
-
-    run(main)
-
-
 # ---- other implementations
-
-
-def test_a_stock_node_is_announced_to_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dht_publish, "RETRY_S", 0.15)
-
-    async def main() -> None:
-        async with network() as net:
-            stock, stock_dht = await net.stock()
-            stock_dht._provider_rate_window = 0.1
-            host, discovery = await net.join()
-            await discovery.bootstrap([stock.addrs()[0]])
-            keys = digests(25)
-            left = len(keys)
-            all_kept = trio.Event()
-            inner = stock_dht.provider_store.add_provider
-            kept: set[bytes] = set()
-
-            def add_provider(key: bytes, provider: PeerInfo) -> None:
-                inner(key, provider)
-                kept.add(key)
-                if len(kept) == left:
-                    all_kept.set()
-
-            stock_dht.provider_store.add_provider = add_provider  # type: ignore[method-assign]
-            outcome = await discovery.announce(keys)
-            assert len(outcome.confirmed) == 10
-            assert {dht_key(key) for key in outcome.confirmed} <= kept
-            await all_kept.wait()
-            searcher_host, searcher = await net.join()
-            await searcher.bootstrap([stock.addrs()[0]])
-            for key in keys[::8]:
-                found = await providers(searcher, key)
-                assert [provider.peer_id for provider in found] == [host.peer_id]
-
-    run(main)
 
 
 def test_a_stock_node_finds_what_we_announce_and_announces_to_us() -> None:

@@ -22,6 +22,7 @@ IO_FREE = (
     "p2p/swarm.py",
     "p2p/chunk_map.py",
     "p2p/source.py",
+    "p2p/announce_schedule.py",
     "p2p/origin.py",
     "p2p/provider_table.py",
     "p2p/http1.py",
