@@ -120,6 +120,14 @@ def parse_listen(text: str) -> str:
         ) from error
 
 
+def is_loopback(addr: str) -> bool:
+    """Tell whether a multiaddr leads to this machine itself."""
+    try:
+        return ipaddress.ip_address(tcp_host(addr)[0]).is_loopback
+    except (BadInput, ValueError):
+        return False
+
+
 def parse_peer_address(text: str) -> PeerAddress:
     """Read the address of a peer.
 

@@ -51,7 +51,7 @@ CREATE TABLE IF NOT EXISTS provider (key BLOB, peer BLOB, added_at REAL,
 CREATE TABLE IF NOT EXISTS provider_peer (peer BLOB PRIMARY KEY, grp TEXT, addrs BLOB)
     WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS own (digest BLOB PRIMARY KEY, confirmed_at REAL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS own_addrs (addrs BLOB);
+CREATE TABLE IF NOT EXISTS identity (who BLOB);
 CREATE TABLE IF NOT EXISTS met (peer TEXT PRIMARY KEY, addrs BLOB, met_at REAL) WITHOUT ROWID;
 """
 
@@ -129,20 +129,18 @@ class DhtFile:
 
     # ---- what we announce
 
-    def load_own(self, addrs: Sequence[str]) -> dict[bytes, float]:
-        """Return what we have announced, and when; nothing if our addresses changed.
+    def load_own(self, who: Sequence[str]) -> dict[bytes, float]:
+        """Return what we have announced, and when; nothing if we are not who we were.
 
-        A record carries our addresses. If they are others now, every record is to be
-        sent again, and none counts as announced.
+        A record carries our id and our addresses (`who`). If they are others now, every
+        record is to be sent again, and none counts as announced.
         """
-        rows = self._read("SELECT addrs FROM own_addrs")
-        if [tuple(msgpack.unpackb(row[0])) for row in rows] != [tuple(sorted(addrs))]:
+        rows = self._read("SELECT who FROM identity")
+        if [tuple(msgpack.unpackb(row[0])) for row in rows] != [tuple(sorted(who))]:
             with self._writing() as database:
                 database.execute("DELETE FROM own")
-                database.execute("DELETE FROM own_addrs")
-                database.execute(
-                    "INSERT INTO own_addrs VALUES (?)", (msgpack.packb(sorted(addrs)),)
-                )
+                database.execute("DELETE FROM identity")
+                database.execute("INSERT INTO identity VALUES (?)", (msgpack.packb(sorted(who)),))
         return dict(self._read("SELECT digest, confirmed_at FROM own"))
 
     def write_own(self, confirmed: Mapping[bytes, float], gone: Iterable[bytes]) -> None:

@@ -253,7 +253,7 @@ class Publisher:
         self._newcomers: dict[str, None] = {}
         self.counters = Counters()
         if file is not None:
-            self._schedule.restore(file.load_own(host.advertised_addrs()))
+            self._schedule.restore(file.load_own((host.peer_id, *host.advertised_addrs())))
 
     def add(self, digests: Iterable[bytes]) -> list[bytes]:
         """Take digests to be announced; return those taken, each once."""

@@ -7,7 +7,6 @@ order. The parts know nothing of each other beyond what this module hands them.
 from __future__ import annotations
 
 import ipaddress
-import json
 import logging
 import os
 import random
@@ -20,13 +19,12 @@ from typing import Any
 import trio
 
 from tensorswarm.store.cid import MODEL_CODEC, parse_reference
-from tensorswarm.store.errors import BadInput, RemoteError
-from tensorswarm.store.place import disk_errors
+from tensorswarm.store.errors import RemoteError, TensorswarmError
 from tensorswarm.store.store import Store
 from tensorswarm.store.version import VERSION
 
 from . import wire, wire_limits
-from .addresses import PeerAddress, parse_peer_address, tcp_host
+from .addresses import PeerAddress, is_loopback, parse_peer_address, tcp_host
 from .announcer import Announcer
 from .answers import Answers
 from .bulk_server import BulkServer
@@ -36,6 +34,7 @@ from .fetch import Fetch, FetchOptions, Progress
 from .host import Host
 from .identity import identity_for
 from .neighbours import Neighbours
+from .node_state import remove_state, write_state
 from .results import FetchResult
 from .routes import Routes, bulk_candidates, bulk_told
 from .services import Services
@@ -50,8 +49,8 @@ LOOPBACK_LISTEN = "/ip4/127.0.0.1/tcp/0"
 BOOTSTRAP_PAUSES_S = (1.0, 2.0, 5.0, 15.0, 60.0)
 """Pauses between attempts to reach the bootstrap peers; then the last one repeats."""
 
-STATE_FILE = "node.json"
-"""Where a running node says how to reach it, for other commands on the same store."""
+STATE_INTERVAL_S = 2.0
+"""How often the file that tells of a running node is written anew."""
 
 log = logging.getLogger("tensorswarm.node")
 
@@ -182,8 +181,9 @@ class Node:
             announcer = Announcer(self.store, self.discovery, self.neighbours, log.info)
             self._nursery.start_soon(announcer.run)
         if lock is not None and self._server:
-            self._write_state()
-            stack.callback(self._remove_state)
+            write_state(self.store.place, self._state())
+            stack.callback(remove_state, self.store.root)
+            self._nursery.start_soon(self._keep_state)
 
     def _hello(self) -> wire.Hello:
         _, port = self._bulk.address
@@ -210,16 +210,22 @@ class Node:
 
     # ---- what others on this machine may know
 
-    def _write_state(self) -> None:
-        path = self.store.root / STATE_FILE
-        state = {"pid": os.getpid(), "peer_id": self.peer_id, "addrs": list(self.addrs)}
-        temporary = self.store.place.temporary()
-        with disk_errors("cannot write the node's state"):
-            temporary.write_text(json.dumps(state))
-            temporary.replace(path)
+    async def _keep_state(self) -> None:
+        """Have a file say how to reach this node and how it is doing."""
+        while True:
+            await trio.sleep(STATE_INTERVAL_S)
+            try:
+                await trio.to_thread.run_sync(write_state, self.store.place, self._state())
+            except TensorswarmError as error:
+                log.warning("%s", error)
 
-    def _remove_state(self) -> None:
-        (self.store.root / STATE_FILE).unlink(missing_ok=True)
+    def _state(self) -> dict[str, Any]:
+        return {
+            "pid": os.getpid(),
+            "peer_id": self.peer_id,
+            "addrs": list(self.addrs),
+            "dht": self.discovery.statistics(),
+        }
 
     # ---- use
 
@@ -327,27 +333,8 @@ def _leaves(error: BaseException) -> list[BaseException]:
     return [leaf for inner in error.exceptions for leaf in _leaves(inner)]
 
 
-def running_node(store: Path) -> list[str]:
-    """Return the addresses of the node that runs on a store, if one does."""
-    try:
-        state = json.loads((store / STATE_FILE).read_text())
-        os.kill(int(state["pid"]), 0)
-        addrs = [str(text) for text in state["addrs"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-    return [addr for addr in addrs if _is_loopback(addr)] or addrs[:1]
-
-
-def _is_loopback(addr: str) -> bool:
-    try:
-        host, _ = tcp_host(addr)
-        return ipaddress.ip_address(host).is_loopback
-    except (BadInput, ValueError):
-        return False
-
-
 def _default_listen(bootstrap: Sequence[PeerAddress]) -> str:
-    if bootstrap and all(_is_loopback(addr) for peer in bootstrap for addr in peer.addrs):
+    if bootstrap and all(is_loopback(addr) for peer in bootstrap for addr in peer.addrs):
         return LOOPBACK_LISTEN
     return DEFAULT_LISTEN
 

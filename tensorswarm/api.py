@@ -261,7 +261,8 @@ def _fetch_from_network(
     import trio
 
     from tensorswarm.p2p.fetch import FetchOptions, one_error
-    from tensorswarm.p2p.node import Node, running_node
+    from tensorswarm.p2p.node import Node
+    from tensorswarm.p2p.node_state import running_node
 
     options = FetchOptions(
         origins=tuple(origins),

@@ -110,7 +110,8 @@ def _fetching(
     import trio
 
     from tensorswarm.p2p.fetch import FetchOptions, one_error
-    from tensorswarm.p2p.node import Node, running_node
+    from tensorswarm.p2p.node import Node
+    from tensorswarm.p2p.node_state import running_node
 
     news: queue.SimpleQueue[News] = queue.SimpleQueue()
     scope = trio.CancelScope()

@@ -168,6 +168,9 @@ def _add_network_commands(command: Callable[..., Parser], network: Parser) -> No
     _add_timeout(sub)
     sub = command("peers", commands.peers, "show the peers that can be reached", network)
     sub.add_argument("ref", nargs="?", metavar="REF", help="only peers that hold some of it")
+    sub.add_argument(
+        "--dht", action="store_true", help="also what the node on this store has announced"
+    )
     _add_timeout(sub)
 
 

@@ -141,7 +141,8 @@ def peers(args: argparse.Namespace, output: Output) -> int:
     import trio
 
     from tensorswarm.p2p.fetch import one_error
-    from tensorswarm.p2p.node import Node, running_node
+    from tensorswarm.p2p.node import Node
+    from tensorswarm.p2p.node_state import read_state, running_node
     from tensorswarm.p2p.survey import survey
 
     logging.getLogger("libp2p").setLevel(logging.CRITICAL)
@@ -149,6 +150,9 @@ def peers(args: argparse.Namespace, output: Output) -> int:
     if ref is not None and ref.kind is RefKind.PATH:
         raise BadInput("peers takes a model id or a tensor digest, not a path")
     bootstrap = args.bootstrap or running_node(args.store)
+    state = read_state(args.store)
+    if args.dht and not state:
+        raise NoSource("--dht shows the node that runs on this store, and none does")
     if not bootstrap:
         raise NoSource("there is nobody to ask: give --bootstrap, or start a node on this store")
 
@@ -158,7 +162,9 @@ def peers(args: argparse.Namespace, output: Output) -> int:
 
     begun = time.monotonic()
     found = trio.run(main)
-    document = {"peers": found, "seconds": round(time.monotonic() - begun, 3)}
+    document: dict[str, Any] = {"peers": found, "seconds": round(time.monotonic() - begun, 3)}
+    if args.dht:
+        document["dht"] = state.get("dht", {})
 
     def text() -> None:
         rows = [
@@ -172,6 +178,10 @@ def peers(args: argparse.Namespace, output: Output) -> int:
             for peer in found
         ]
         output.table(["peer", "agent", "ms ", "holds ", "address"], rows)
+        if args.dht:
+            output.say()
+            counts = [[name.replace("_", " "), str(n)] for name, n in document["dht"].items()]
+            output.table(["dht", "count "], counts)
 
     output.result(document, text)
     return 0

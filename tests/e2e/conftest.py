@@ -46,7 +46,8 @@ def add(processes: Processes, folder: Path, store: Path, *arguments: str) -> Mod
 
 def copy_of(model: Model, store: Path) -> Path:
     """Return another store with the same content, for another node."""
-    shutil.copytree(model.store, store, ignore=shutil.ignore_patterns("identity.*", "node.json"))
+    not_ours = shutil.ignore_patterns("identity.*", "node.json", "dht.db*")
+    shutil.copytree(model.store, store, ignore=not_ours)
     return store
 
 
