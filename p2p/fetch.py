@@ -35,6 +35,7 @@ from tensorswarm.store.export import export_files, select, whole_files
 from tensorswarm.store.incoming import Incoming
 from tensorswarm.store.manifest import MAX_MANIFEST_BYTES, Manifest, ObjectRef
 from tensorswarm.store.order import urgency
+from tensorswarm.store.relatives import copy_from_relatives
 
 from .answers import MAX_BLOB_BYTES
 from .download import Download, OriginSpec
@@ -340,6 +341,7 @@ class Fetch:
                 f"no room on disk: {missing} bytes to fetch, {free} bytes free in "
                 f"{self._store.root}"
             )
+        copy_from_relatives(self._store, incoming)
         return incoming
 
     def _download(

@@ -17,6 +17,7 @@ from tests.e2e.conftest import MIB, Model, add
 from tests.support.model_files import (
     WEIGHTS,
     make_fine_tune,
+    make_grown_vocabulary,
     make_random_model,
     sha256_of_files,
 )
@@ -26,6 +27,9 @@ pytestmark = pytest.mark.e2e
 
 LAYER = "encoder.layer.5.*"
 """The layer that the fine-tune changed: one of MiniLM's six."""
+
+
+EMBEDDING = "embeddings.word_embeddings.weight"
 
 
 def test_two_peers_and_an_origin_then_only_who_fetched(
@@ -94,6 +98,25 @@ def test_a_fine_tune_costs_only_its_changed_layer(
     assert document["bytes_local"] == document["bytes_total"] - moved
     assert document["bytes_wasted"] == 0
     assert sha256_of_files(tmp_path / "out") == sha256_of_files(tune.folder)
+
+
+def test_a_grown_vocabulary_costs_only_its_new_rows(
+    processes: Processes, minilm: Model, minilm_node: Node, tmp_path: Path
+) -> None:
+    """Rows appended to the embedding make a tensor of its own; its old chunks are here."""
+    grown = make_grown_vocabulary(minilm.folder, tmp_path / "grown", EMBEDDING, rows=3000)
+    model = add(processes, grown.folder, tmp_path / "store-grown")
+    holder = processes.start_node(model.store)
+    holder.wait_ready()
+
+    mine = tmp_path / "store-mine"
+    processes.fetch(minilm.id, mine, bootstrap=[minilm_node.addr])
+    result = processes.fetch(model.id, mine, "--out", tmp_path / "out", bootstrap=[holder.addr])
+    moved = result.document["bytes_peers"]
+    # The chunk in which the old rows ended is new as well, and headers and lists come along.
+    assert grown.changed_bytes <= moved < grown.changed_bytes + 1.2 * MIB
+    assert result.document["bytes_local"] == result.document["bytes_total"] - moved
+    assert sha256_of_files(tmp_path / "out") == sha256_of_files(grown.folder)
 
 
 def test_shared_tensors_come_from_who_holds_another_model(
@@ -253,20 +276,19 @@ def test_bootstraps_from_a_file(
     assert list(result.sources()) == [small_node.peer_id]
 
 
-def test_a_gateway_is_an_origin(
-    processes: Processes, small: Model, small_node: Node, tmp_path: Path
-) -> None:
+def test_a_gateway_is_an_origin(processes: Processes, small: Model, tmp_path: Path) -> None:
     """A node's HTTP door serves a model's files as any web server does."""
     gateway = processes.node(small.store, "--http", "127.0.0.1:0")
+    slow = processes.evil_peer(small.store, "--rate", "500000")  # or it may have given all
     url = f"{gateway.document['http']}/model/{small.id}"
     result = processes.fetch(
         small.id,
         tmp_path / "store",
         *("--origin", url, "--out", tmp_path / "out"),
-        bootstrap=[small_node.addr],
+        bootstrap=[slow.addr],
     )
     sources = result.sources()
-    assert set(sources) == {small_node.peer_id, url}
+    assert set(sources) == {slow.peer_id, url}
     assert all(source["bytes"] > 0 for source in sources.values()), sources
     assert sha256_of_files(tmp_path / "out") == sha256_of_files(small.folder)
 

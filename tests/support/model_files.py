@@ -87,6 +87,17 @@ def make_fine_tune(base: Path, folder: Path, pattern: str) -> FineTune:
     return FineTune(folder, changed, sum(tensors[name].nbytes for name in changed))
 
 
+def make_grown_vocabulary(base: Path, folder: Path, embedding: str, rows: int) -> FineTune:
+    """Copy a model's folder, with rows appended to its embedding."""
+    shutil.copytree(base, folder)
+    tensors = read_safetensors(base / WEIGHTS)
+    old = tensors[embedding]
+    new_rows = np.random.default_rng(rows).standard_normal((rows, *old.shape[1:]))
+    tensors[embedding] = np.concatenate([old, new_rows.astype(old.dtype)])
+    write_safetensors(folder / WEIGHTS, tensors)
+    return FineTune(folder, [embedding], tensors[embedding].nbytes - old.nbytes)
+
+
 def make_random_model(folder: Path, tensor_sizes: Mapping[str, int], seed: int) -> Path:
     """Write a model of random bytes, whose tensors have these names and sizes in bytes."""
     generator = np.random.default_rng(seed)
