@@ -13,11 +13,11 @@ import trio
 
 from tensorswarm.p2p import wire, wire_limits
 from tensorswarm.p2p.node import LOOPBACK_LISTEN, Node
-from tensorswarm.store.digest import CHUNK_SIZE, digest_of
+from tensorswarm.store.digest import CHUNK_SIZE, chunk_list_of, digest_of, split_chunk_list
 from tensorswarm.store.ingest import add_paths
 from tensorswarm.store.manifest import Manifest
-from tests.support.interop import ROOT, JsPeer, js_command, js_peer
-from tests.support.model_files import make_random_model
+from tests.support.interop import ROOT, JsError, JsPeer, js_command, js_peer
+from tests.support.model_files import make_random_model, sha256_of_files
 from tests.support.p2pd import go_peer
 
 pytestmark = pytest.mark.interop
@@ -101,5 +101,57 @@ def test_go_libp2p_carries_our_hello(tmp_path: Path) -> None:
                 assert answer.agent.startswith("tensorswarm/")
                 while not node.neighbours.is_neighbour(go.peer_id):
                     await trio.sleep(0)
+
+    run(main)
+
+
+# ---- the bulk plane over a libp2p stream
+
+
+def test_a_chunk_over_a_libp2p_stream_has_its_blake3(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with node_with_a_model(tmp_path) as (node, manifest, _), js_client(node) as js:
+            large = max(manifest.objects, key=lambda ref: ref.size_bytes)
+            data = node.store.get_blob(large.digest, large.size_bytes)
+            assert data is not None
+            for index, digest in enumerate(split_chunk_list(chunk_list_of(data))):
+                got = await js.do(
+                    "chunk", peer=node.peer_id, digest=large.digest.hex(), index=index
+                )
+                length = min(CHUNK_SIZE, large.size_bytes - index * CHUNK_SIZE)
+                assert got == {"bytes": length, "digest": digest.hex()}
+
+    run(main)
+
+
+def test_a_whole_model_over_libp2p_streams_is_the_same_files(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with node_with_a_model(tmp_path) as (node, manifest, files), js_client(node) as js:
+            got = await js.do("fetch_model", peer=node.peer_id, digest=manifest.digest.hex())
+            assert got["files"] == sha256_of_files(files)
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    ("hello", "size", "status"),
+    [(False, SIZES["small"], 403), (True, SIZES["small"] + 1, 416)],
+    ids=["no hello, no bytes", "more than there is"],
+)
+def test_what_is_refused_on_a_bulk_stream(
+    hello: bool, size: int, status: int, tmp_path: Path
+) -> None:
+    async def main() -> None:
+        async with node_with_a_model(tmp_path) as (node, manifest, _), js_client(node) as js:
+            small = next(ref for ref in manifest.objects if ref.size_bytes == SIZES["small"])
+            with pytest.raises(JsError, match=f"status {status}"):
+                await js.do(
+                    "range",
+                    peer=node.peer_id,
+                    digest=small.digest.hex(),
+                    first=0,
+                    last=size - 1,
+                    hello=hello,
+                )
 
     run(main)
