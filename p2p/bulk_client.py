@@ -32,6 +32,7 @@ from tensorswarm.store.errors import NoSource, ProtocolError, Refused, RemoteErr
 
 from . import http1
 from .http1 import RangeRequest
+from .http1_small import SmallClientExchange, SmallRequest, bitmap_bytes
 from .tls import BulkIdentity, peer_id_of
 
 CONNECT_TIMEOUT_S = 5.0
@@ -93,7 +94,7 @@ class BulkConnection:
         self._abort_lock = threading.Lock()
         self._aborted = False
         self._raw: socket.socket | None = None
-        self._outstanding: deque[http1.ClientExchange] = deque()
+        self._outstanding: deque[http1.ClientExchange | SmallClientExchange] = deque()
         self._body_left = 0
         self._buffer = bytearray(RECEIVE_BUFFER_BYTES)
         self._view = memoryview(self._buffer)
@@ -197,16 +198,45 @@ class BulkConnection:
         """
         self.send_gets([RangeRequest(digest, offset, length)])
 
-    def send_gets(self, requests: Iterable[RangeRequest]) -> None:
+    def send_gets(self, requests: Iterable[RangeRequest | SmallRequest]) -> None:
         """Send several requests at once, in order; see `send_get`.
 
         The peer may stop receiving while it sends: have no more requests outstanding
-        than the sockets' buffers hold (some 64 KiB, at about 200 bytes each).
+        than the sockets' buffers hold (some 64 KiB; 200 bytes for a range, and 40 for
+        each small object).
         """
-        exchanges = [http1.ClientExchange(request, self._peer_id) for request in requests]
+        exchanges = [self._exchange(request) for request in requests]
         with self._translated():
             self._socket.sendall(b"".join(exchange.encoded for exchange in exchanges))
         self._outstanding.extend(exchanges)
+
+    def _exchange(
+        self, request: RangeRequest | SmallRequest
+    ) -> http1.ClientExchange | SmallClientExchange:
+        if isinstance(request, SmallRequest):
+            return SmallClientExchange(request, self._peer_id)
+        return http1.ClientExchange(request, self._peer_id)
+
+    def read_small_head(self) -> list[int]:
+        """Receive the beginning of an answer to a `SmallRequest`.
+
+        Returns
+        -------
+        list of int
+            Which of its objects follow, by their position in it; take all their bytes
+            with `read_into`.
+
+        Raises
+        ------
+        Denied, Busy, Stalled, Closed, ProtocolError
+            No proper answer came.
+        """
+        exchange = self._outstanding[0]
+        assert isinstance(exchange, SmallClientExchange)  # the caller knows what it asked
+        self.read_head()
+        given = bytearray(bitmap_bytes(len(exchange.request.objects)))
+        self.read_into(memoryview(given))
+        return exchange.read_bitmap(given)
 
     def read_head(self) -> None:
         """Receive the head of the oldest outstanding request's answer.
@@ -226,8 +256,8 @@ class BulkConnection:
         exchange = self._outstanding.popleft()
         answer = exchange.read_head(self._receive_head())
         if answer is http1.Answer.CONTENT:
-            self._body_left = exchange.request.length
-        elif answer is http1.Answer.LACKS:
+            self._body_left = exchange.body_bytes
+        elif isinstance(exchange, http1.ClientExchange) and answer is http1.Answer.LACKS:
             digest, offset, length = exchange.request
             raise Lacks(
                 f"does not have bytes {offset}-{offset + length - 1} of object {digest.hex()}"

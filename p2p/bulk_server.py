@@ -1,7 +1,8 @@
 """The serving half of the bulk plane: proved bytes over TLS, to peers that may have them.
 
-Purpose: answer ``GET /tensor/<digest>`` with ``Range`` (see `http1`) from the store,
-in blocking threads, one per connection.
+Purpose: answer ``GET /tensor/<digest>`` with ``Range`` (see `http1`), and ``POST /small``
+for many small objects (see `http1_small`), from the store, in blocking threads, one per
+connection.
 
 Rules
 - The peer id comes from the certificate (see `tls`); the caller's `allow` is asked
@@ -31,6 +32,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import NamedTuple
 
 from tensorswarm.store.errors import LocalError, ProtocolError
@@ -44,7 +46,9 @@ from .bulk_table import (
     Limits,
     ServerStatistics,
 )
+from .http1_small import SmallServerExchange, read_request
 from .rates import RateLimiter
+from .small_objects import SmallObjects, read_each
 from .tls import BulkIdentity, peer_id_of
 
 __all__ = ["BulkServer", "ServerStatistics"]
@@ -133,6 +137,8 @@ class BulkServer:
         The rate that a reader must keep up, and by how many seconds it may be behind.
     limiter : RateLimiter, optional
         Holds what is sent in all below a rate.
+    read_small : callable, optional
+        Reads many small objects at once; by default, one after the other.
     """
 
     def __init__(
@@ -150,9 +156,11 @@ class BulkServer:
         read_patience_s: float = READ_PATIENCE_S,
         min_read_bytes_per_s: float = MIN_READ_BYTES_PER_S,
         limiter: RateLimiter | None = None,
+        read_small: SmallObjects | None = None,
     ) -> None:
         self._identity = identity
         self._open_reader = open_reader
+        self._read_small = read_small or partial(read_each, open_reader)
         self._allow = allow
         self._wanted_address = (host, port)
         self._times = _Times(
@@ -254,6 +262,7 @@ class BulkServer:
             self._table,
             self._limiter,
         )
+        connection.read_small = self._read_small
         if not self._table.admit(connection):
             sock.close()
             return
@@ -304,6 +313,7 @@ class _Connection:
         self.peer_id: str | None = None
         self.proved = False
         self.idle_since: float | None = None
+        self.read_small: SmallObjects = partial(read_each, open_reader)
         self.thread = threading.Thread(target=self._run, name=f"bulk-serve-{host}", daemon=True)
         self._raw = sock
         self._busy = False
@@ -365,7 +375,7 @@ class _Connection:
     def _answer_all(self) -> None:
         while (head := self._next_head()) is not None:
             try:
-                exchange = http1.ServerExchange(head)
+                exchange = read_request(head)
             except ProtocolError:
                 self._finish(http1.bad_request())
                 raise
@@ -373,7 +383,10 @@ class _Connection:
             if refusal is not None:
                 self._finish(exchange.refusal(refusal))
                 return
-            self._answer(exchange)
+            if isinstance(exchange, SmallServerExchange):
+                self._answer_small(exchange)
+            else:
+                self._answer(exchange)
 
     def _next_head(self) -> bytes | None:
         """Return the next request's head, or None when the peer is through."""
@@ -428,6 +441,35 @@ class _Connection:
             self._put_body(reader, offset, length)
         self._filled_requests += 1
 
+    def _answer_small(self, exchange: SmallServerExchange) -> None:
+        body = self._next_body(exchange.body_bytes)
+        try:
+            request = exchange.read_body(body)
+        except ProtocolError:
+            self._finish(http1.bad_request())
+            raise
+        found = self.read_small(request.objects)
+        head, answer = exchange.answer(found)
+        self._put(head)
+        view = memoryview(answer)
+        for start in range(0, len(view), SEND_BUFFER_BYTES // 2):
+            piece = view[start : start + SEND_BUFFER_BYTES // 2]
+            self._put(piece)
+            self._filled_bytes += len(piece)
+        self._filled_requests += 1
+
+    def _next_body(self, size_bytes: int) -> bytes:
+        """Return the body of a request; it fits the buffer for requests."""
+        deadline = time.monotonic() + self._times.idle_timeout_s
+        if self._end - self._start < size_bytes:
+            self._flush()
+        while self._end - self._start < size_bytes:
+            if not self._receive(deadline):
+                raise ProtocolError("did not finish a request")
+        body = bytes(self._input[self._start : self._start + size_bytes])
+        self._start += size_bytes
+        return body
+
     def _reader_for(self, request: http1.RangeRequest) -> ObjectReader | None:
         """Return a reader, the last one if it will do.
 
@@ -449,8 +491,8 @@ class _Connection:
             self._reader[1].close()
             self._reader = None
 
-    def _put(self, data: bytes) -> None:
-        """Add a head to the answers that wait to be sent."""
+    def _put(self, data: bytes | memoryview) -> None:
+        """Add what fits the buffer as a whole to the answers that wait to be sent."""
         if self._filled + len(data) > len(self._output):
             self._flush()
         self._output[self._filled : self._filled + len(data)] = data

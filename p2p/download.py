@@ -33,7 +33,15 @@ from .origin import FileRange, display_url
 from .origin_source import OriginSource
 from .results import SourceReport
 from .routes import Routes, Via
-from .sink import ChunkCame, EventQueue, Progressed, RequestDone, SourceFailed, StoreSink
+from .sink import (
+    ChunkCame,
+    EventQueue,
+    Progressed,
+    RequestDone,
+    SmallCame,
+    SourceFailed,
+    StoreSink,
+)
 from .source import Failure, Outcome, SourceWorker, Span
 from .swarm import Ask, Cancel, Drop, Planner, SourceKind
 
@@ -222,6 +230,9 @@ class Download:
                 self._planner.progress(now, source, request_id, byte_count)
             case ChunkCame(source, _, index, chunk, outcome, byte_count):
                 self._take_chunk(now, source, index, chunk, outcome, byte_count)
+            case SmallCame(source, _, outcomes):
+                for index, outcome, byte_count in outcomes:
+                    self._take_chunk(now, source, index, 0, outcome, byte_count)
             case RequestDone(source, request_id):
                 self._note_proved_elsewhere(now, source, request_id)
                 self._planner.request_done(now, source, request_id)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +31,7 @@ from tensorswarm.store.errors import (
     TensorswarmError,
 )
 from tensorswarm.store.export import export_files, select, whole_files
-from tensorswarm.store.incoming import Incoming
+from tensorswarm.store.incoming import Finished, Incoming
 from tensorswarm.store.manifest import MAX_MANIFEST_BYTES, Manifest, ObjectRef
 from tensorswarm.store.order import urgency
 from tensorswarm.store.relatives import copy_from_relatives
@@ -101,7 +100,7 @@ class FetchOptions:
     first: Sequence[str] = ()
     in_order: bool = False
     on_manifest: Callable[[Manifest], None] = lambda manifest: None
-    on_object: Callable[[bytes], None] = lambda digest: None
+    on_object: Callable[[bytes], None] | None = None
 
 
 @contextlib.asynccontextmanager
@@ -312,8 +311,9 @@ class Fetch:
             }
             result.bytes_total += min(sum(along.values()), self._overhead.total() - before)
             incoming = await trio.to_thread.run_sync(self._take_up, missing, chunk_lists)
-            for each in incoming:
-                each.finished.add_done_callback(partial(self._object_is_whole, each.digest))
+            if self._options.on_object is not None:
+                for each in incoming:
+                    each.finished.add_done_callback(partial(self._object_is_whole, each.digest))
             download = self._download(result, incoming, origins)
             try:
                 await self._run(download, [result.digest], [ref.digest for ref in missing])
@@ -322,8 +322,8 @@ class Fetch:
         else:
             self._account(result, None)
 
-    def _object_is_whole(self, digest: bytes, finished: Future[None]) -> None:
-        if finished.exception() is None:
+    def _object_is_whole(self, digest: bytes, finished: Finished) -> None:
+        if finished.exception() is None and self._options.on_object is not None:
             self._options.on_object(digest)
 
     def _take_up(
@@ -331,9 +331,9 @@ class Fetch:
     ) -> list[Incoming]:
         for chunk_list in chunk_lists.values():
             self._store.put_blob(chunk_list)
-        incoming = []
-        for ref in refs:
-            incoming.append(self._store.receive(ref, chunk_lists.get(ref.chunk_list, b"")))
+        incoming = self._store.receive_many(
+            [(ref, chunk_lists.get(ref.chunk_list, b"")) for ref in refs]
+        )
         missing = sum(each.missing_bytes() for each in incoming)
         free = self._store.place.free_bytes()
         if free < missing + min(MAX_SPARE_BYTES, missing // 8):

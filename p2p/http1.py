@@ -5,12 +5,13 @@ an answer's head. Heads are parsed and written by h11; bodies never pass through
 here, they go between socket and buffer without a copy.
 
 Rules
-- A request is ``GET /tensor/<64 hexadecimal digits>`` with one ``Range: bytes=a-b``
+- A request for a range is ``GET /tensor/<64 hexadecimal digits>`` with one ``Range: bytes=a-b``
   and no body.
 - Bytes are answered with 206, the ``Content-Range`` asked for, and a
   ``Content-Length`` of exactly that many bytes. No other framing is taken
   (``Transfer-Encoding``, multipart) and no ``Content-Encoding``: the bytes on the
   wire are the object's.
+- Whole small objects may be asked for together with ``POST`` (see `http1_small`).
 - A refusal has no body. 404: no such object here. 416: those bytes are not proved
   here. 403: the peer is not allowed. 503: no capacity. 400: not a request of ours.
   After 400, 403 and 503 the server closes.
@@ -134,8 +135,13 @@ class ClientExchange:
             target=f"/tensor/{request.digest.hex()}",
             headers=[("Host", host), ("Range", f"bytes={request.offset}-{last}")],
         )
-        self.encoded = _encode(self._connection, head)
-        _encode(self._connection, h11.EndOfMessage())
+        self.encoded = encode(self._connection, head)
+        encode(self._connection, h11.EndOfMessage())
+
+    @property
+    def body_bytes(self) -> int:
+        """Length of the answer's body, if bytes are given."""
+        return self.request.length
 
     def read_head(self, head: bytes) -> Answer:
         """Judge the head of the answer.
@@ -155,41 +161,26 @@ class ClientExchange:
         ProtocolError
             The head is not one the protocol allows; the message names the fault.
         """
-        event = _single_event(self._connection, head)
-        if not isinstance(event, h11.Response):
-            raise ProtocolError("answered with something other than a final response")
-        if event.http_version != b"1.1":
-            raise ProtocolError(f"answered in HTTP {_quoted(event.http_version)}, not 1.1")
-        if self._connection.trailing_data[0]:
-            raise ProtocolError("answered with a head that ends twice")
-        for unwanted in (b"transfer-encoding", b"content-encoding"):
-            value = _single_header(event.headers, unwanted)
-            if value is not None:
-                raise ProtocolError(f"answered with {unwanted.decode()} {_quoted(value)}")
-        if event.status_code == 206:
+        answer, event = judge_answer(self._connection, head, 206)
+        if answer is Answer.CONTENT:
             self._check_content(event.headers)
-            return Answer.CONTENT
-        if event.status_code not in _REFUSALS:
-            raise ProtocolError(f"answered with status {event.status_code}")
-        if _content_length(event.headers) != 0:
-            raise ProtocolError(f"answered {event.status_code} with a body")
-        return _REFUSALS[event.status_code]
+        return answer
 
     def _check_content(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
         _, offset, length = self.request
-        value = _single_header(headers, b"content-range")
+        value = single_header(headers, b"content-range")
         if value is None:
             raise ProtocolError("answered without a content-range")
         match = _CONTENT_RANGE.fullmatch(value)
         if match is None:
-            raise ProtocolError(f"answered with content-range {_quoted(value)}")
+            raise ProtocolError(f"answered with content-range {quoted(value)}")
         first, last, size = map(int, match.groups())
         if (first, last) != (offset, offset + length - 1) or not last < size <= MAX_OBJECT_SIZE:
             raise ProtocolError(
-                f"answered with content-range {_quoted(value)}, "
+                f"answered with content-range {quoted(value)}, "
                 f"asked for bytes {offset}-{offset + length - 1}"
             )
-        announced = _content_length(headers)
+        announced = content_length(headers)
         if announced != length:
             raise ProtocolError(f"announced {announced} bytes, asked for {length}")
 
@@ -215,25 +206,19 @@ class ServerExchange:
 
     def __init__(self, head: bytes) -> None:
         self._connection = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
-        event = _single_event(self._connection, head)
-        if not isinstance(event, h11.Request) or event.method != b"GET":
-            raise ProtocolError("sent a request that is not a GET")
-        if event.http_version != b"1.1":
-            raise ProtocolError(f"asked in HTTP {_quoted(event.http_version)}, not 1.1")
+        event = judge_request(self._connection, head, b"GET")
         if not isinstance(_next_event(self._connection), h11.EndOfMessage):
             raise ProtocolError("sent a request with a body")
-        if self._connection.trailing_data[0]:
-            raise ProtocolError("sent a head that ends twice")
         target = _TARGET.fullmatch(event.target)
         if target is None:
-            raise ProtocolError(f"asked for {_quoted(event.target)}")
-        value = _single_header(event.headers, b"range")
+            raise ProtocolError(f"asked for {quoted(event.target)}")
+        value = single_header(event.headers, b"range")
         match = None if value is None else _RANGE.fullmatch(value)
         if match is None:
-            raise ProtocolError(f"asked with range {_quoted(value or b'')}")
+            raise ProtocolError(f"asked with range {quoted(value or b'')}")
         first, last = map(int, match.groups())
         if not first <= last < MAX_OBJECT_SIZE:
-            raise ProtocolError(f"asked with range {_quoted(value or b'')}")
+            raise ProtocolError(f"asked with range {quoted(value or b'')}")
         self.request = RangeRequest(bytes.fromhex(target[1].decode()), first, last - first + 1)
 
     def partial_content(self, size_bytes: int) -> bytes:
@@ -251,28 +236,81 @@ class ServerExchange:
             ("Content-Length", str(length)),
         ]
         head = h11.Response(status_code=206, reason=b"Partial Content", headers=headers)
-        return _encode(self._connection, head)
+        return encode(self._connection, head)
 
     def refusal(self, status: int) -> bytes:
         """Return a whole answer that refuses: 403, 404, 416 or 503."""
-        return _refusal(self._connection, status)
+        return refusal(self._connection, status)
 
 
 def bad_request() -> bytes:
     """Return the answer to a head that is not a request of ours."""
-    return _refusal(h11.Connection(h11.SERVER), BAD_REQUEST)
+    return refusal(h11.Connection(h11.SERVER), BAD_REQUEST)
 
 
-def _refusal(connection: h11.Connection, status: int) -> bytes:
+def refusal(connection: h11.Connection, status: int) -> bytes:
+    """Return a whole answer that refuses."""
     headers = [("Content-Length", "0")]
     if status in _CLOSING:
         headers.append(("Connection", "close"))
-    return _encode(
+    return encode(
         connection, h11.Response(status_code=status, reason=_REASONS[status], headers=headers)
     )
 
 
-def _encode(connection: h11.Connection, event: h11.Event) -> bytes:
+def judge_answer(
+    connection: h11.Connection, head: bytes, content_status: int
+) -> tuple[Answer, h11.Response]:
+    """Judge what every answer's head must keep to.
+
+    Parameters
+    ----------
+    connection : h11.Connection
+        The asking side of this exchange.
+    head : bytes
+        The whole head, with the empty line that ends it.
+    content_status : int
+        The status with which bytes are given.
+
+    Raises
+    ------
+    ProtocolError
+        The head is not one the protocol allows.
+    """
+    event = _single_event(connection, head)
+    if not isinstance(event, h11.Response):
+        raise ProtocolError("answered with something other than a final response")
+    if event.http_version != b"1.1":
+        raise ProtocolError(f"answered in HTTP {quoted(event.http_version)}, not 1.1")
+    if connection.trailing_data[0]:
+        raise ProtocolError("answered with a head that ends twice")
+    for unwanted in (b"transfer-encoding", b"content-encoding"):
+        value = single_header(event.headers, unwanted)
+        if value is not None:
+            raise ProtocolError(f"answered with {unwanted.decode()} {quoted(value)}")
+    if event.status_code == content_status:
+        return Answer.CONTENT, event
+    if event.status_code not in _REFUSALS:
+        raise ProtocolError(f"answered with status {event.status_code}")
+    if content_length(event.headers) != 0:
+        raise ProtocolError(f"answered {event.status_code} with a body")
+    return _REFUSALS[event.status_code], event
+
+
+def judge_request(connection: h11.Connection, head: bytes, method: bytes) -> h11.Request:
+    """Judge what every request's head must keep to; see `judge_answer`."""
+    event = _single_event(connection, head)
+    if not isinstance(event, h11.Request) or event.method != method:
+        raise ProtocolError(f"sent a request that is not a {method.decode()}")
+    if event.http_version != b"1.1":
+        raise ProtocolError(f"asked in HTTP {quoted(event.http_version)}, not 1.1")
+    if connection.trailing_data[0]:
+        raise ProtocolError("sent a head that ends twice")
+    return event
+
+
+def encode(connection: h11.Connection, event: h11.Event) -> bytes:
+    """Return the bytes of a head."""
     encoded = connection.send(event)
     assert encoded is not None  # None stands for a closed connection only
     return encoded
@@ -290,19 +328,22 @@ def _next_event(connection: h11.Connection) -> object:
         raise ProtocolError(f"sent a head that is not HTTP: {error}") from error
 
 
-def _single_header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes | None:
+def single_header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes | None:
+    """Return a header that may occur once, or None; twice is a fault."""
     values = [value for key, value in headers if key == name]
     if len(values) > 1:
         raise ProtocolError(f"sent {name.decode()} {len(values)} times")
     return values[0] if values else None
 
 
-def _content_length(headers: Iterable[tuple[bytes, bytes]]) -> int:
-    value = _single_header(headers, b"content-length")
+def content_length(headers: Iterable[tuple[bytes, bytes]]) -> int:
+    """Return the length of a body, which an answer must tell."""
+    value = single_header(headers, b"content-length")
     if value is None:
         raise ProtocolError("answered without a content-length")
     return int(value)  # h11 has checked that these are at most 20 digits
 
 
-def _quoted(value: bytes) -> str:
+def quoted(value: bytes) -> str:
+    """Return a peer's words for an error message, cut to a bearable length."""
     return repr(value[:MAX_QUOTED].decode("latin-1"))

@@ -152,6 +152,7 @@ class Node:
             self.neighbours.is_neighbour,
             host=_bulk_host(self._host.addrs()),
             port=self._bulk_port,
+            read_small=self.store.read_small,
         )
         self._bulk.start()
         stack.callback(self._bulk.close)

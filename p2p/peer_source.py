@@ -45,8 +45,9 @@ from .bulk_client import (
 )
 from .bulk_dial import RACE_TIMEOUT_S, Abortable, Race
 from .http1 import RangeRequest
-from .ranges import Range, ranges_of
-from .source import Failure, Outcome, Report, Request, Sink
+from .http1_small import SmallRequest
+from .ranges import Range, Together, asks_of
+from .source import Failure, Outcome, Report, Request, Sink, SmallOutcome
 from .tls import BulkIdentity
 
 MAX_QUEUED_REQUESTS = 256
@@ -54,7 +55,8 @@ MAX_QUEUED_REQUESTS = 256
 
 MAX_RANGES_AHEAD = 256
 """Range requests on the wire: their 200 bytes each fit the sockets' buffers, so that
-sending them cannot wait for a peer that is itself sending."""
+sending them cannot wait for a peer that is itself sending. Five small objects, of 40
+bytes each in their request, count as one."""
 
 MAX_BYTES_AHEAD = 16 << 20
 """Bytes asked for beyond the answer being read: 1 Gbit/s over 130 ms."""
@@ -85,7 +87,7 @@ class _Job:
     """A request on its way."""
 
     request: Request
-    ranges: Iterator[Range]
+    ranges: Iterator[Range | Together]
     on_wire: int = 0
     all_sent: bool = False
     cancelled: bool = False
@@ -197,7 +199,7 @@ class _Desk:
                 return
             if len(self._queue) >= MAX_QUEUED_REQUESTS:
                 raise TooManyRequests(f"{MAX_QUEUED_REQUESTS} requests wait for {self._source}")
-            job = _Job(request, ranges_of(request, self.sink))
+            job = _Job(request, asks_of(request, self.sink))
             self._queue.append(job)
             self._jobs[request.request_id] = job
             self._changed.notify()
@@ -240,7 +242,7 @@ class _Desk:
             if not any(other is not worker for other in self._links):
                 return False
             for job in reversed(jobs):
-                fresh = _Job(job.request, ranges_of(job.request, self.sink))
+                fresh = _Job(job.request, asks_of(job.request, self.sink))
                 fresh.cancelled = job.cancelled
                 self._queue.appendleft(fresh)
                 self._jobs[job.request.request_id] = fresh
@@ -283,6 +285,10 @@ class _Desk:
         if not self.stopped:
             self._report.progress(self._source, job.request.request_id, byte_count)
 
+    def small(self, job: _Job, outcomes: Sequence[SmallOutcome]) -> None:
+        if not self.stopped:
+            self._report.small(self._source, job.request.request_id, outcomes)
+
     def chunk(
         self, job: _Job, object_index: int, chunk: int, outcome: Outcome, byte_count: int
     ) -> None:
@@ -312,8 +318,8 @@ class _Worker:
         self._buffer = memoryview(bytearray(CHUNK_SIZE))
         self._sending: _Job | None = None
         self._open_jobs: list[_Job] = []  # begun and not finished, oldest first
-        self._wire: deque[tuple[_Job, Range]] = deque()
-        self._wire_bytes = 0
+        self._wire: deque[tuple[_Job, Range | Together]] = deque()
+        self._wire_bytes = self._wire_weight = 0
         self._chunks_read = 0  # of the first range on the wire
         self._reported_at = 0.0
         self._piece_bytes = PIECE_BYTES
@@ -373,20 +379,21 @@ class _Worker:
 
     def _send_ahead(self, connection: BulkConnection) -> None:
         """Fill the wire when it is half empty, so that small requests leave together."""
-        if len(self._wire) > MAX_RANGES_AHEAD // 2 or self._wire_bytes > MAX_BYTES_AHEAD // 2:
+        if self._wire_weight > MAX_RANGES_AHEAD // 2 or self._wire_bytes > MAX_BYTES_AHEAD // 2:
             return
-        batch: list[RangeRequest] = []
-        while len(self._wire) < MAX_RANGES_AHEAD and self._wire_bytes < MAX_BYTES_AHEAD:
+        batch: list[RangeRequest | SmallRequest] = []
+        while self._wire_weight < MAX_RANGES_AHEAD and self._wire_bytes < MAX_BYTES_AHEAD:
             found = self._next_range()
             if found is None:
                 break
             self._wire.append(found)
             self._wire_bytes += found[1].asked.length
+            self._wire_weight += found[1].weight
             batch.append(found[1].asked)
         if batch:
             connection.send_gets(batch)
 
-    def _next_range(self) -> tuple[_Job, Range] | None:
+    def _next_range(self) -> tuple[_Job, Range | Together] | None:
         while True:
             job = self._sending
             if job is None:
@@ -397,7 +404,7 @@ class _Worker:
                     return None
                 self._begin(taken)
                 continue
-            if not job.cancelled and job.lacks is None:
+            if not job.cancelled:
                 for found in job.ranges:
                     job.on_wire += 1
                     return job, found
@@ -407,6 +414,9 @@ class _Worker:
 
     def _receive(self, connection: BulkConnection) -> None:
         job, asked = self._wire[0]
+        if isinstance(asked, Together):
+            self._receive_small(connection, job, asked)
+            return
         if self._chunks_read == 0:
             try:
                 connection.read_head()
@@ -430,6 +440,36 @@ class _Worker:
         if self._chunks_read == asked.chunks:
             self._drop_range(job)
 
+    def _receive_small(self, connection: BulkConnection, job: _Job, asked: Together) -> None:
+        """Take an answer with many small objects; those it leaves out are lacking."""
+        positions = connection.read_small_head()
+        objects = asked.asked.objects
+        data = self._buffer[: sum(objects[i].size_bytes for i in positions)]
+        self._read(connection, job, data)
+        self._wire_bytes -= asked.asked.length
+        parts, start = [], 0
+        for i in positions:
+            stop = start + objects[i].size_bytes
+            parts.append((asked.object_indices[i], data[start:stop]))
+            start = stop
+        outcomes = self._desk.sink.write_small(parts)
+        self._desk.small(
+            job,
+            [
+                SmallOutcome(index, outcome, len(part))
+                for (index, part), outcome in zip(parts, outcomes, strict=True)
+            ],
+        )
+        if Outcome.REFUSED in outcomes:
+            index, _ = parts[outcomes.index(Outcome.REFUSED)]
+            digest, _ = self._desk.sink.wanted(index)
+            raise HashMismatch(f"the bytes of object {digest.hex()} do not match its hash")
+        if len(positions) < len(objects):
+            given = set(positions)
+            lacking = next(each for i, each in enumerate(objects) if i not in given)
+            job.lacks = f"does not have object {lacking.digest.hex()}"
+        self._drop_range(job)
+
     def _read(self, connection: BulkConnection, job: _Job, data: memoryview) -> None:
         """Fill `data` from the connection, in pieces that each show the peer is still there."""
         start = 0
@@ -446,7 +486,7 @@ class _Worker:
             self._reported_at = now
 
     def _drop_range(self, job: _Job) -> None:
-        self._wire.popleft()
+        self._wire_weight -= self._wire.popleft()[1].weight
         self._chunks_read = 0
         job.on_wire -= 1
         self._finish_if_through(job)
@@ -481,7 +521,7 @@ class _Worker:
             self._connection = None
         self._desk.unlink(self)
         self._wire.clear()
-        self._wire_bytes = self._chunks_read = 0
+        self._wire_bytes = self._wire_weight = self._chunks_read = 0
 
 
 def _failure_of(error: RemoteError) -> Failure:

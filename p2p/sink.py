@@ -11,9 +11,9 @@ from typing import NamedTuple
 import trio
 
 from tensorswarm.store.errors import TensorswarmError
-from tensorswarm.store.incoming import ChunkMismatch, Incoming
+from tensorswarm.store.incoming import ChunkMismatch, Incoming, Kept, write_small
 
-from .source import Failure, Outcome, WantedObject
+from .source import Failure, Outcome, SmallOutcome, WantedObject
 
 WAKE_INTERVAL_S = 0.02
 """How long news that need no decision may wait. Waking the task for each chunk costs
@@ -53,6 +53,23 @@ class StoreSink:
             raise
         return Outcome.PROVED if kept else Outcome.DUPLICATE
 
+    def write_small(self, parts: Sequence[tuple[int, memoryview]]) -> list[Outcome]:
+        """Verify whole objects of one chunk each, then keep those that are right."""
+        incoming = self._incoming
+        try:
+            kept = write_small([(incoming[index], data) for index, data in parts])
+        except TensorswarmError as error:
+            self.error = self.error or error
+            raise
+        return [_OUTCOMES[each] for each in kept]
+
+
+_OUTCOMES = {
+    Kept.NEW: Outcome.PROVED,
+    Kept.KNOWN: Outcome.DUPLICATE,
+    Kept.WRONG: Outcome.REFUSED,
+}
+
 
 class Progressed(NamedTuple):
     """Payload bytes arrived."""
@@ -73,6 +90,14 @@ class ChunkCame(NamedTuple):
     byte_count: int
 
 
+class SmallCame(NamedTuple):
+    """Whole objects of one chunk each arrived and were judged."""
+
+    source: str
+    request_id: int
+    outcomes: Sequence[SmallOutcome]
+
+
 class RequestDone(NamedTuple):
     """A request was answered."""
 
@@ -89,7 +114,7 @@ class SourceFailed(NamedTuple):
     detail: str
 
 
-Event = Progressed | ChunkCame | RequestDone | SourceFailed
+Event = Progressed | ChunkCame | SmallCame | RequestDone | SourceFailed
 
 
 class EventQueue:
@@ -152,6 +177,13 @@ class EventQueue:
         """Note what became of a chunk."""
         event = ChunkCame(source, request_id, object_index, chunk, outcome, byte_count)
         self._put(event, urgent=outcome is Outcome.REFUSED)
+
+    def small(self, source: str, request_id: int, outcomes: Sequence[SmallOutcome]) -> None:
+        """Note what became of small objects that came together."""
+        self._put(
+            SmallCame(source, request_id, outcomes),
+            urgent=any(each.outcome is Outcome.REFUSED for each in outcomes),
+        )
 
     def done(self, source: str, request_id: int) -> None:
         """Note that a request was answered."""

@@ -10,6 +10,7 @@ Everything here is plain data and protocols; nothing does I/O.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, Protocol
@@ -93,6 +94,29 @@ class Sink(Protocol):
         """
         ...
 
+    def write_small(self, parts: Sequence[tuple[int, memoryview]]) -> list[Outcome]:
+        """Verify whole objects of one chunk each, then keep those that are right.
+
+        Parameters
+        ----------
+        parts : sequence of (int, memoryview)
+            Object index and bytes of each.
+
+        Raises
+        ------
+        NoRoom, OSError
+            As for a chunk.
+        """
+        ...
+
+
+class SmallOutcome(NamedTuple):
+    """What became of an object of one chunk."""
+
+    object_index: int
+    outcome: Outcome
+    byte_count: int
+
 
 class Report(Protocol):
     """Who hears of the work. Thread-safe: called from the workers' threads."""
@@ -111,6 +135,10 @@ class Report(Protocol):
         byte_count: int,
     ) -> None:
         """Note what became of a whole chunk."""
+        ...
+
+    def small(self, source: str, request_id: int, outcomes: Sequence[SmallOutcome]) -> None:
+        """Note what became of objects of one chunk each that came together."""
         ...
 
     def done(self, source: str, request_id: int) -> None:

@@ -46,6 +46,14 @@ MAX_QUEUED = 2048
 MAX_READERS = 8
 """Most queries at a time, and connections kept: each holds two files and up to 2 MB."""
 
+CHECKPOINT_PAGES = 32_768
+"""Pages of 4 KiB in the log (128 MiB) after which the writer copies them into the database
+itself. SQLite's own 1,000 make it wait for the disk every 4 MiB, which costs as much as all
+else where many small tensors arrive; `sync` does it every few seconds besides."""
+
+MAX_LOG_BYTES = 16 << 20
+"""What the log is cut back to once it was copied."""
+
 MAX_SQL_VARIABLES = 500
 """Values bound in one statement; SQLite's own oldest limit is 999."""
 
@@ -161,6 +169,8 @@ class Index:
             # NORMAL: a power cut may lose the last commits but never tears the index.
             connection.execute("PRAGMA synchronous=NORMAL")
             connection.execute("PRAGMA foreign_keys=ON")
+            connection.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
+            connection.execute(f"PRAGMA journal_size_limit={MAX_LOG_BYTES}")
             self._prepare(connection)
             return connection
         except BaseException as error:

@@ -23,9 +23,9 @@ from typing import NamedTuple
 
 from .digest import EMPTY_DIGEST, chunk_list_of, digest_of
 from .errors import StoreDamaged
-from .index import Index, in_parts
+from .index import MAX_SQL_VARIABLES, Index, in_parts
 from .place import Place, boot_identity, disk_errors, remove_file, write_file
-from .reader import FileReader, InlineReader
+from .reader import FileReader, InlineReader, read_all
 from .records import (
     EMPTY_RECORD,
     AdoptedFiles,
@@ -36,6 +36,7 @@ from .records import (
     drop_unused_files,
     head_of,
     insert_object,
+    insert_small,
     note_file,
     present,
     select_objects,
@@ -165,6 +166,47 @@ class WholeObjects:
         finally:
             reader.close()
 
+    def read_small(self, wanted: Sequence[tuple[bytes, int]]) -> list[bytes | None]:
+        """Return the bytes of many small whole objects at once.
+
+        Parameters
+        ----------
+        wanted : sequence of (bytes, int)
+            Digest and size of each; none is read that has another size.
+
+        Returns
+        -------
+        list of bytes or None
+            In the order of `wanted`; None for those that are not here, whole.
+
+        Raises
+        ------
+        LocalError
+            One is here and cannot be read now.
+        """
+        found: dict[bytes, bytes] = {}
+        step = MAX_SQL_VARIABLES // 2
+        for start in range(0, len(wanted), step):
+            part = wanted[start : start + step]
+            rows = self.index.query(
+                "WITH wanted(digest, size) AS (VALUES " + ",".join(["(?,?)"] * len(part)) + ") "
+                "SELECT digest, data FROM wanted CROSS JOIN objects USING (digest, size) "
+                "WHERE place=0",
+                [value for pair in part for value in pair],
+            )
+            found.update(rows)
+        return [
+            found[digest] if digest in found else self._read_whole(digest, size)
+            for digest, size in wanted
+        ]
+
+    def _read_whole(self, digest: bytes, size_bytes: int) -> bytes | None:
+        reader = self.open_whole(digest)
+        if reader is None:
+            return None
+        with contextlib.closing(reader), disk_errors("cannot read an object"):
+            return bytes(read_all(reader)) if reader.size_bytes == size_bytes else None
+
     # ---- putting things in
 
     def put_blob(self, data: bytes, *, added_by: str | None = None) -> bytes:
@@ -192,6 +234,10 @@ class WholeObjects:
         path = self.place.temporary()
         write_file(path, data)
         return self.keep_temporary(path, new, chunk_list)
+
+    def keep_small(self, objects: Sequence[tuple[NewObject, bytes]]) -> Future[None]:
+        """Put verified objects of at most `INLINE_LIMIT` bytes into the index, in one go."""
+        return self.index.submit(lambda db: insert_small(db, objects))
 
     def keep_temporary(self, path: Path, new: NewObject, chunk_list: bytes = b"") -> Future[None]:
         """Keep a verified temporary file as `keep_file` does; it is gone if that fails."""

@@ -104,6 +104,10 @@ class Place:
             if len(digest) == DIGEST_SIZE:
                 yield path, digest
 
+    def partial_names(self) -> set[str]:
+        """Return the names of the files of objects in progress."""
+        return set(os.listdir(self.partial))
+
     def unique_name(self) -> str:
         """Return a name that no other call, in any process, will return."""
         return f"{self._session}.{next(self._numbers)}"

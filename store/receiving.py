@@ -21,6 +21,7 @@ import sqlite3
 import threading
 import time
 import weakref
+from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from . import bitmap
@@ -32,10 +33,16 @@ from .manifest import ObjectRef
 from .objects import INLINE_LIMIT, WholeObjects, many
 from .place import disk_errors, remove_file
 from .reader import FileReader
-from .records import NewObject, head_of, present
+from .records import NewObject, head_of, present, present_in
 
 FLUSH_INTERVAL_S = 0.25
 """How far the index may be behind the bitmaps in memory."""
+
+MAX_SMALL_BATCHES = 16
+"""Batches of small objects that wait for the index: at most 1 MiB each."""
+
+SMALL_WAIT_S = 60.0
+"""Longest wait for one of them: the writer itself waits 30 s for another process."""
 
 _Key = tuple[bytes, bytes, int]
 
@@ -56,6 +63,7 @@ class Receiver:
         self._shown: weakref.WeakValueDictionary[bytes, Incoming] = weakref.WeakValueDictionary()
         self._dirty: set[Incoming] = set()
         self._flushed_at = time.monotonic()
+        self._small_room = threading.BoundedSemaphore(MAX_SMALL_BATCHES)
         self._finisher = ThreadPoolExecutor(1, thread_name_prefix="store-finisher")
 
     def close(self) -> None:
@@ -107,8 +115,36 @@ class Receiver:
 
     # ---- beginning
 
-    def receive(self, ref: ObjectRef, chunk_list: bytes) -> Incoming:
-        """See `Store.receive`."""
+    def receive(self, wanted: Sequence[tuple[ObjectRef, bytes]]) -> list[Incoming]:
+        """See `Store.receive_many`."""
+        here = present_in(self._objects.index, [ref.digest for ref, _ in wanted])
+        noted = self._noted([ref.digest for ref, chunk_list in wanted if chunk_list])
+        files = self._objects.place.partial_names() if noted or len(wanted) > 1 else None
+        return [
+            self._receive(ref, chunk_list, ref.digest in here, noted, files)
+            for ref, chunk_list in wanted
+        ]
+
+    def _noted(self, digests: Sequence[bytes]) -> dict[_Key, bytes]:
+        """Return the bitmaps that can be trusted, of objects in part."""
+        rows = self._objects.index.query_keys(
+            "SELECT digest, chunk_list, size, bitmap, boot FROM partials WHERE digest IN ({keys})",
+            digests,
+        )
+        return {row[:3]: row[3] for row in rows if row[4] == self._objects.boot}
+
+    def _receive(
+        self,
+        ref: ObjectRef,
+        chunk_list: bytes,
+        is_here: bool,
+        noted: Mapping[_Key, bytes],
+        files: Set[str] | None,
+    ) -> Incoming:
+        """Begin with one object, of which it is known what the index says.
+
+        `files` are the names of the files in progress; None when nobody has looked.
+        """
         if ref.chunk_list != (digest_of(chunk_list) if chunk_list else b""):
             raise BadInput(f"the chunk list of {ref.digest.hex()} is not the one that is named")
         key = (ref.digest, ref.chunk_list, ref.size_bytes)
@@ -116,13 +152,14 @@ class Receiver:
             known = self._incoming.get(key)
         if known is not None:
             return known
-        path = self._objects.place.partial_path(ref.digest, ref.chunk_list)
-        incoming = Incoming(ref.digest, ref.size_bytes, chunk_list, path, self)
-        if self._is_here(incoming) or self._take_orphan(incoming):
+        place = self._objects.place
+        incoming = Incoming(ref.digest, ref.size_bytes, chunk_list, place.partial_path, self)
+        if (is_here and self._is_here(incoming)) or self._take_orphan(incoming):
             incoming.claim_all()
             return incoming
-        if incoming.chunk_count > 1:
-            self._resume(incoming)
+        if incoming.chunk_count > 1 and (files is None or incoming.path.name in files):
+            with disk_errors(f"cannot read {incoming.path.name}"):
+                incoming.resume(noted.get(key))
         with self._lock:
             known = self._incoming.get(key)
             if known is not None:
@@ -168,19 +205,6 @@ class Receiver:
         self._finish_when_kept(incoming, self._objects.keep_found(_new_object(incoming)))
         return True
 
-    def _resume(self, incoming: Incoming) -> None:
-        rows = self._objects.index.query(
-            "SELECT bitmap FROM partials WHERE digest=? AND chunk_list=? AND size=? AND boot=?",
-            (
-                incoming.digest,
-                incoming.chunk_list_digest,
-                incoming.size_bytes,
-                self._objects.boot,
-            ),
-        )
-        with disk_errors(f"cannot read {incoming.path.name}"):
-            incoming.resume(rows[0][0] if rows else None)
-
     # ---- noting what is proved
 
     def touched(self, incoming: Incoming) -> None:
@@ -219,6 +243,35 @@ class Receiver:
         except BaseException as error:
             self._finish(incoming, error)
             raise
+
+    def proved_small(self, objects: Sequence[tuple[Incoming, bytes]]) -> None:
+        """Take over objects of one chunk each, with their bytes: one commit for all."""
+        members = [incoming for incoming, _ in objects]
+        if not self._small_room.acquire(timeout=SMALL_WAIT_S):
+            raise LocalError("the store does not take small tensors as fast as they come")
+
+        def settle(future: Future[None]) -> None:
+            self._small_room.release()
+            self._finish_all(members, future.exception())
+
+        try:
+            kept = self._objects.keep_small(
+                [(_new_object(incoming), data) for incoming, data in objects]
+            )
+        except BaseException as error:
+            self._small_room.release()
+            self._finish_all(members, error)
+            raise
+        kept.add_done_callback(settle)
+
+    def _finish_all(self, members: Sequence[Incoming], error: BaseException | None) -> None:
+        with self._lock:
+            for incoming in members:
+                key = _key_of(incoming)
+                if self._incoming.get(key) is incoming:
+                    del self._incoming[key]
+        for incoming in members:
+            incoming.finish(error)
 
     def vanished(self, incoming: Incoming) -> None:
         """Settle what it means that the file in progress is gone."""

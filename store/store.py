@@ -163,7 +163,11 @@ class Store(WholeObjects):
         HashMismatch
             The object is here, and has another size.
         """
-        return self._receiver.receive(ref, chunk_list)
+        return self._receiver.receive([(ref, chunk_list)])[0]
+
+    def receive_many(self, wanted: Sequence[tuple[ObjectRef, bytes]]) -> list[Incoming]:
+        """Do as `receive` does, for many objects: the index is asked once for all."""
+        return self._receiver.receive(wanted)
 
     def forget(self, digests: Sequence[bytes]) -> None:
         """Drop objects from the index, and their own files from the disk."""

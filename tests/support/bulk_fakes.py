@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from libp2p.crypto.ed25519 import create_new_key_pair
 
 from tensorswarm.p2p.bulk_server import BulkServer
-from tensorswarm.p2p.source import Failure, Outcome, WantedObject
+from tensorswarm.p2p.source import Failure, Outcome, SmallOutcome, WantedObject
 from tensorswarm.p2p.tls import BulkIdentity
 from tensorswarm.store.digest import CHUNK_SIZE, chunk_count, digest_of, split_chunk_list
 from tensorswarm.store.digest import chunk_list_of as list_of
@@ -122,6 +122,9 @@ class MemorySink:
         self.kept[object_index, chunk] = bytes(data)
         return Outcome.PROVED
 
+    def write_small(self, parts: Sequence[tuple[int, memoryview]]) -> list[Outcome]:
+        return [self.write_chunk(index, 0, data) for index, data in parts]
+
     def data_of(self, object_index: int) -> bytes:
         """Return what was kept of an object, chunks in order."""
         chunks = range(chunk_count(len(self.objects[object_index].data)))
@@ -151,6 +154,10 @@ class RecordingReport:
         byte_count: int,
     ) -> None:
         self._note(self.chunks, (request_id, object_index, chunk, outcome, byte_count))
+
+    def small(self, source: str, request_id: int, outcomes: Sequence[SmallOutcome]) -> None:
+        for index, outcome, byte_count in outcomes:
+            self._note(self.chunks, (request_id, index, 0, outcome, byte_count))
 
     def done(self, source: str, request_id: int) -> None:
         self._note(self.finished, request_id)
