@@ -1,14 +1,19 @@
-"""Who takes part: each knows how to serve a file and how to have it fetched."""
+"""Who takes part: each knows how to serve a file and how to have it fetched.
+
+A contender is made for one source file and one folder of its own. `prepare` is called
+once; `start`, `run` and `stop` in turn, as often as wanted. Every receiver is a fresh
+process.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
-import socket
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from .processes import (
     RUN_TIMEOUT_S,
@@ -18,9 +23,7 @@ from .processes import (
     memory_bytes,
     python,
     run_json,
-    touch_pages,
 )
-from .torrent import make_torrent
 
 
 @dataclass(frozen=True)
@@ -31,203 +34,241 @@ class Measurement:
     cpu_receiver_s: float
     cpu_server_s: float
     memory_receiver: int = 0
+    memory_server: int = 0
 
 
-class Contender(Protocol):
-    """A way to get a file from one process to another."""
+class Contender:
+    """A way to get a file from one process to another.
+
+    Parameters
+    ----------
+    source : Path
+        The file to serve.
+    work : Path
+        A folder for its own use.
+
+    Attributes
+    ----------
+    name : str
+        What it is called in tables.
+    served : Path
+        File or folder whose bytes it serves: what is warm or cold.
+    """
 
     name: str
+    needs_module = ""
+    needs_program = ""
+
+    def __init__(self, source: Path, work: Path) -> None:
+        self.source = self.served = source
+        self.work = work
+        self.size = str(source.stat().st_size)
+        self.server: Server | None = None
+
+    @classmethod
+    def missing(cls) -> str | None:
+        """Return what it would need and this machine lacks."""
+        if cls.needs_module and importlib.util.find_spec(cls.needs_module) is None:
+            return f"the Python package {cls.needs_module}"
+        if cls.needs_program and find_program(cls.needs_program) is None:
+            return cls.needs_program
+        return None
+
+    def prepare(self) -> None:
+        """Do what is done once: make a torrent, fill a store."""
 
     def start(self) -> None:
-        """Make ready to serve."""
-        ...
+        """Start serving."""
 
     def run(self, target: Path) -> Measurement:
         """Have the file fetched into an empty folder."""
-        ...
+        raise NotImplementedError
 
     def stop(self) -> None:
         """Stop serving."""
-        ...
+        if self.server is not None:
+            self.server.stop()
+            self.server = None
+
+    def _receive(self, *arguments: str) -> Measurement:
+        """Run one of `receivers`, which accounts for itself, and account for the server."""
+        assert self.server is not None
+        before, memory = self._server_cpu_s(), memory_bytes(self.server.pid, "VmRSS")
+        figures = run_json(python("benchmarks.receivers", *arguments))
+        return Measurement(
+            figures["seconds"],
+            figures["cpu_s"],
+            self._server_cpu_s() - before,
+            int(figures["memory_after"] - figures["memory_before"]),
+            max(0, memory_bytes(self.server.pid, "VmHWM") - memory),
+        )
+
+    def _run_program(self, *command: str) -> Measurement:
+        """Run a program to its end: its start, some milliseconds, counts as well."""
+        before, children = self._server_cpu_s(), children_cpu_seconds()
+        begun = time.perf_counter()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=RUN_TIMEOUT_S)
+        seconds = time.perf_counter() - begun
+        return Measurement(
+            seconds, children_cpu_seconds() - children, self._server_cpu_s() - before
+        )
+
+    def _server_cpu_s(self) -> float:
+        return cpu_seconds(self.server.pid) if self.server else 0.0
 
 
-def _fetch(command: list[str], server: Server | None) -> Measurement:
-    """Run a receiver and account for both sides."""
-    server_before = cpu_seconds(server.pid) if server else 0.0
-    before = children_cpu_seconds()
-    figures = run_json(command)
-    return Measurement(
-        figures["seconds"],
-        children_cpu_seconds() - before,
-        (cpu_seconds(server.pid) if server else 0.0) - server_before,
-        int(figures["memory_after"] - figures["memory_before"]),
-    )
+def find_program(name: str) -> str | None:
+    """Return a program's path; servers are often where only root looks."""
+    return shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/local/sbin")
 
 
-class Tensorswarm:
+class Tensorswarm(Contender):
     """Ourselves: TLS, every chunk verified, into an empty store."""
 
     name = "tensorswarm"
+    options: tuple[str, ...] = ()
 
-    def __init__(self, source: Path, work: Path) -> None:
-        self._source = source
-        self._store = work / "store"
-        self._server: Server | None = None
-        self.memory_server = 0
+    def prepare(self) -> None:
+        """Add the model to a store."""
+        self.served = self.work / "store"
+        store = str(self.served)
+        added = run_json(python("tensorswarm", "add", str(self.source), "--store", store, "--json"))
+        self._model = added["model"]
 
     def start(self) -> None:
-        """Add the model to a store, and start a node on it."""
-        added = run_json(
-            python("tensorswarm", "add", str(self._source), "--store", str(self._store), "--json")
-        )
-        self._model = added["model"]
-        self._server = Server(
+        """Start a node on the store."""
+        self.server = Server(
             python(
                 *("tensorswarm", "node", "--listen", "/ip4/127.0.0.1/tcp/0"),
-                *("--store", str(self._store), "--json"),
+                *("--store", str(self.served), "--json", *self.options),
             )
         )
-        self._address = json.loads(self._server.first_line)["addrs"][0]
-        self._memory_before = memory_bytes(self._server.pid, "VmRSS")
+        self._address = json.loads(self.server.first_line)["addrs"][0]
 
     def run(self, target: Path) -> Measurement:
-        """Fetch with a fresh process and an empty store."""
-        measured = _fetch(
-            python(
-                *("benchmarks.receivers", "tensorswarm", str(self._source.stat().st_size)),
-                *(str(target / "store"), self._model, self._address),
-            ),
-            self._server,
-        )
-        assert self._server is not None
-        self.memory_server = memory_bytes(self._server.pid, "VmHWM") - self._memory_before
-        return measured
-
-    def stop(self) -> None:
-        """Stop the node."""
-        if self._server is not None:
-            self._server.stop()
+        """Fetch into an empty store."""
+        return self._receive("tensorswarm", str(target / "store"), self._model, self._address)
 
 
-class Libtorrent:
+class Libtorrent(Contender):
     """libtorrent, v2 torrent with 1 MiB pieces, in the clear."""
 
     name = "libtorrent"
+    needs_module = "libtorrent"
 
-    def __init__(self, source: Path, work: Path) -> None:
-        self._source = source
-        self._torrent = work / "model.torrent"
-        self._server: Server | None = None
+    def prepare(self) -> None:
+        """Make the torrent."""
+        from .torrent import make_torrent
+
+        self._torrent = self.work / "model.torrent"
+        make_torrent(self.source, self._torrent)
 
     def start(self) -> None:
-        """Make the torrent and seed it."""
-        make_torrent(self._source, self._torrent)
-        self._server = Server(
-            python("benchmarks.torrent", str(self._torrent), str(self._source.parent))
-        )
+        """Seed it."""
+        folder = str(self.source.parent)
+        self.server = Server(python("benchmarks.torrent", str(self._torrent), folder))
 
     def run(self, target: Path) -> Measurement:
         """Fetch with a fresh session."""
-        assert self._server is not None
-        port = self._server.first_line.strip()
-        return _fetch(
-            python(
-                *("benchmarks.receivers", "libtorrent", str(self._source.stat().st_size)),
-                *(str(target), str(self._torrent), port),
-            ),
-            self._server,
-        )
-
-    def stop(self) -> None:
-        """Stop seeding."""
-        if self._server is not None:
-            self._server.stop()
+        assert self.server is not None
+        port = self.server.first_line.strip()
+        return self._receive("libtorrent", str(target), str(self._torrent), port)
 
 
-class Curl:
-    """curl from nginx, plain HTTP, nothing verified."""
+class Iroh(Contender):
+    """iroh 0.35, blobs: QUIC with TLS, verified."""
 
-    name = "curl from nginx"
+    name = "iroh 0.35"
+    needs_module = "iroh"
 
-    def __init__(self, source: Path, work: Path) -> None:
-        self._source = source
-        self._work = work
-        self._process: subprocess.Popen[bytes] | None = None
+    def start(self) -> None:
+        """Serve the file from where it is."""
+        store = self.work / "iroh"
+        shutil.rmtree(store, ignore_errors=True)
+        self.server = Server(python("benchmarks.iroh_blobs", str(store), str(self.source)))
+
+    def run(self, target: Path) -> Measurement:
+        """Fetch with a fresh node."""
+        assert self.server is not None
+        return self._receive("iroh", str(target), self.server.first_line)
+
+
+class Libp2pStream(Contender):
+    """A plain py-libp2p stream: Noise and yamux, nothing verified."""
+
+    name = "py-libp2p stream"
+
+    def start(self) -> None:
+        """Start a host."""
+        self.server = Server(python("benchmarks.libp2p_stream", str(self.source)))
+
+    def run(self, target: Path) -> Measurement:
+        """Receive with a fresh host."""
+        assert self.server is not None
+        return self._receive("libp2p", str(target), self.size, self.server.first_line)
+
+
+class _FromNginx(Contender):
+    """Plain HTTP from nginx, nothing verified."""
 
     def start(self) -> None:
         """Start nginx on a free loopback port."""
-        nginx = shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")
-        if nginx is None:
-            raise RuntimeError("nginx is not installed")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._port = probe.getsockname()[1]
-        config = self._work / "nginx.conf"
-        config.write_text(
-            f"daemon off; worker_processes 1; pid {self._work}/nginx.pid;\n"
-            f"error_log {self._work}/nginx.log;\n"
-            "events { }\n"
-            "http { access_log off; sendfile on; tcp_nopush on;\n"
-            f"  server {{ listen 127.0.0.1:{self._port}; root {self._source.parent}; }} }}\n"
+        nginx = find_program("nginx")
+        assert nginx is not None
+        self.server = Server(
+            python("benchmarks.nginx", nginx, str(self.work), str(self.source.parent))
         )
-        self._process = subprocess.Popen(
-            [nginx, "-p", str(self._work), "-c", str(config)], stderr=subprocess.DEVNULL
-        )
-        self._wait_until_open()
+        self._url = f"http://127.0.0.1:{self.server.first_line.strip()}/{self.source.name}"
 
-    def _wait_until_open(self) -> None:
-        command = ["curl", "-s", "--retry", "20", "--retry-connrefused", "--retry-delay", "1"]
-        url = f"http://127.0.0.1:{self._port}/"
-        subprocess.run([*command, "-o", "/dev/null", url], check=True, timeout=RUN_TIMEOUT_S)
+    @classmethod
+    def missing(cls) -> str | None:
+        """Return what it would need and this machine lacks."""
+        return super().missing() or (None if find_program("nginx") else "nginx")
 
-    def _workers(self) -> list[int]:
-        assert self._process is not None
-        pid = self._process.pid
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return [pid, *(int(child) for child in children)]
+
+class Curl(_FromNginx):
+    """curl: one connection."""
+
+    name = "curl from nginx"
+    needs_program = "curl"
 
     def run(self, target: Path) -> Measurement:
         """Fetch with a fresh curl."""
-        touch_pages(target, self._source.stat().st_size)
-        server_before = sum(cpu_seconds(pid) for pid in self._workers())
-        before = children_cpu_seconds()
-        url = f"http://127.0.0.1:{self._port}/{self._source.name}"
-        command = ["curl", "-sf", "-o", str(target / "file"), "-w", "%{time_total}", url]
-        done = subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=RUN_TIMEOUT_S)
-        return Measurement(
-            float(done.stdout),
-            children_cpu_seconds() - before,
-            sum(cpu_seconds(pid) for pid in self._workers()) - server_before,
+        return self._run_program("curl", "-sf", "-o", str(target / "file"), self._url)
+
+
+class Aria2(_FromNginx):
+    """aria2 with four connections."""
+
+    name = "aria2, 4 from nginx"
+    needs_program = "aria2c"
+
+    def run(self, target: Path) -> Measurement:
+        """Fetch with a fresh aria2."""
+        return self._run_program(
+            *("aria2c", "-q", "--no-conf", "-x4", "-s4", "--file-allocation=none"),
+            *("-d", str(target), "-o", "file", self._url),
         )
 
-    def stop(self) -> None:
-        """Stop nginx."""
-        if self._process is not None:
-            self._process.terminate()
-            self._process.wait(RUN_TIMEOUT_S)
 
-
-class Copy:
-    """A copy on the same disk: what the disk cache alone costs."""
+class Copy(Contender):
+    """A copy on the same disk: what reading and writing alone cost."""
 
     name = "cp"
-
-    def __init__(self, source: Path, work: Path) -> None:
-        self._source = source
-
-    def start(self) -> None:
-        """Nothing serves."""
+    needs_program = "cp"
 
     def run(self, target: Path) -> Measurement:
         """Copy with ``cp``."""
-        before = children_cpu_seconds()
-        figures = run_json(
-            python(
-                *("benchmarks.receivers", "copy", str(self._source.stat().st_size)),
-                *(str(target / "file"), str(self._source)),
-            )
-        )
-        return Measurement(figures["seconds"], children_cpu_seconds() - before, 0.0)
+        return self._run_program("cp", str(self.source), str(target / "file"))
 
-    def stop(self) -> None:
-        """Nothing serves."""
+
+CONTENDERS: tuple[type[Contender], ...] = (
+    Tensorswarm,
+    Libtorrent,
+    Iroh,
+    Aria2,
+    Curl,
+    Libp2pStream,
+    Copy,
+)
+"""In the order of the table; we come first."""

@@ -40,19 +40,10 @@ def children_cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def touch_pages(folder: Path, size_bytes: int) -> None:
-    """Give every contender the same pages to write to, right before its clock starts.
-
-    On a virtual machine the first touch of a page that the host has taken back costs
-    more than all the work measured here, and the host takes free pages back within a
-    second or two. So a scratch file of the size to come is written and removed.
-    """
-    scratch = folder / "scratch"
-    block = bytes(1 << 20)
-    with scratch.open("wb") as file:
-        for _ in range(size_bytes // len(block) + 1):
-            file.write(block)
-    scratch.unlink()
+def own_cpu_seconds() -> float:
+    """Return the CPU seconds of this process, all threads."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
 
 
 class Server:

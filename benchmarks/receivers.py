@@ -1,23 +1,25 @@
 """The receiving side of a contender, as a process of its own.
 
-Each prints one JSON line: ``seconds`` from the moment it is asked to fetch to the
-moment all bytes are verified (where it verifies) and written to files, its memory
-before and its highest after, in bytes. None of them waits for the disk's cache.
+Each prints one JSON line: ``seconds`` from the moment it is asked to fetch to the moment
+all bytes are verified (where it verifies) and written to files, ``cpu_s``, the CPU seconds
+of the process meanwhile, its memory before and its highest after, in bytes. Starting the
+program and its imports are not counted. None of them waits for the disk's cache.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
-import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from .processes import memory_bytes, touch_pages
+from .processes import memory_bytes, own_cpu_seconds
 
 
-def tensorswarm_fetch(size: str, target: str, model: str, address: str) -> dict[str, float]:
+def tensorswarm_fetch(target: str, model: str, address: str) -> dict[str, float]:
     """Fetch with this project, into an empty store."""
     import trio
 
@@ -25,51 +27,63 @@ def tensorswarm_fetch(size: str, target: str, model: str, address: str) -> dict[
 
     async def main() -> dict[str, float]:
         async with Node(Path(target), bootstrap=[address], server=False, seed=1) as node:
-            touch_pages(Path(target), int(size))
             before = memory_bytes(os.getpid(), "VmRSS")
-            begun = time.perf_counter()
+            begun, cpu = time.perf_counter(), own_cpu_seconds()
             result = await node.fetch(model)
             seconds = time.perf_counter() - begun
             assert result.bytes_peers == result.bytes_total
-            return {"seconds": seconds, "memory_before": before}
+            return {
+                "seconds": seconds,
+                "cpu_s": own_cpu_seconds() - cpu,
+                "memory_before": before,
+            }
 
     return trio.run(main)
 
 
-def libtorrent_fetch(size: str, target: str, torrent: str, port: str) -> dict[str, float]:
+def libtorrent_fetch(target: str, torrent: str, port: str) -> dict[str, float]:
     """Fetch with libtorrent, in the clear."""
     from .torrent import new_session, parameters
 
     session = new_session(0)
     adding = parameters(torrent, target)
-    touch_pages(Path(target), int(size))
     before = memory_bytes(os.getpid(), "VmRSS")
-    begun = time.perf_counter()
+    begun, cpu = time.perf_counter(), own_cpu_seconds()
     handle = session.add_torrent(adding)
     handle.connect_peer(("127.0.0.1", int(port)))
     while not handle.status().is_seeding:
         session.wait_for_alert(50)
         session.pop_alerts()
-    return {"seconds": time.perf_counter() - begun, "memory_before": before}
+    seconds = time.perf_counter() - begun
+    return {"seconds": seconds, "cpu_s": own_cpu_seconds() - cpu, "memory_before": before}
 
 
-def file_copy(size: str, target: str, source: str) -> dict[str, float]:
-    """Copy on the same disk through memory, as ``cp`` without reflinks does."""
-    touch_pages(Path(target).parent, int(size))
-    before = memory_bytes(os.getpid(), "VmRSS")
-    begun = time.perf_counter()
-    shutil.copyfile(source, target)
-    return {"seconds": time.perf_counter() - begun, "memory_before": before}
+def iroh_fetch(target: str, described: str) -> dict[str, float]:
+    """Fetch with iroh's blobs."""
+    from .iroh_blobs import fetch
+
+    return asyncio.run(fetch(target, described))
+
+
+def libp2p_fetch(target: str, size: str, described: str) -> dict[str, float]:
+    """Receive over a plain py-libp2p stream."""
+    import trio
+
+    from .libp2p_stream import fetch
+
+    return trio.run(fetch, target, size, described)
 
 
 def main() -> None:
     """Run one receiver, named by the first argument."""
-    receivers = {
+    receivers: dict[str, Callable[..., dict[str, float]]] = {
         "tensorswarm": tensorswarm_fetch,
         "libtorrent": libtorrent_fetch,
-        "copy": file_copy,
+        "iroh": iroh_fetch,
+        "libp2p": libp2p_fetch,
     }
     figures = receivers[sys.argv[1]](*sys.argv[2:])
+    figures.setdefault("memory_before", memory_bytes(os.getpid(), "VmHWM"))
     figures["memory_after"] = memory_bytes(os.getpid(), "VmHWM")
     print(json.dumps(figures))
 

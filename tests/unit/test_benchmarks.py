@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from benchmarks.contenders import Measurement
+from benchmarks.one_source import summary, targets_of
 from benchmarks.report import Target, document, emit, figure, spread, table
 
 
@@ -59,3 +61,18 @@ def test_the_document_is_one_line_of_json_with_date_and_machine(
     printed = json.loads(capsys.readouterr().out)
     assert {"benchmark", "date", "machine", "nodes", "targets"} == printed.keys()
     assert printed["targets"][0]["reached"] is True
+
+
+def test_a_summary_gives_rates_ratios_and_cpu_per_gigabyte() -> None:
+    measured = {
+        "tensorswarm": [Measurement(s, 1.0, 0.5) for s in (2.0, 1.0, 4.0)],
+        "libtorrent": [Measurement(s, 4.0, 2.0) for s in (3.0, 5.0, 4.0)],
+    }
+    own, other = summary(measured, 2_000_000_000)
+    assert own["mb_per_s"] == {"median": 1000, "lowest": 500, "highest": 2000, "runs": 3}
+    assert (own["ratio"], other["ratio"]) == (1.0, 2.0)
+    assert (other["cpu_receiver_s_per_gb"], other["cpu_server_s_per_gb"]) == (2.0, 1.0)
+    assert [(target.value, target.reached) for target in targets_of([own, other])] == [
+        (2.0, True),
+        (2.0, False),
+    ]
