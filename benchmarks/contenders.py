@@ -1,8 +1,8 @@
 """Who takes part: each knows how to serve a file and how to have it fetched.
 
 A contender is made for one source file and one folder of its own. `prepare` is called
-once; `start`, `run` and `stop` in turn, as often as wanted. Every receiver is a fresh
-process.
+once; `start` and `stop` as often as wanted, and `run` while it is started. Every receiver
+is a fresh process.
 """
 
 from __future__ import annotations
@@ -90,6 +90,10 @@ class Contender:
             self.server.stop()
             self.server = None
 
+    def _serve_copy(self) -> None:
+        """Serve a file of its own: what one has mapped would never be cold for others."""
+        self.source = self.served = Path(shutil.copy(self.source, self.work))
+
     def _receive(self, *arguments: str) -> Measurement:
         """Run one of `receivers`, which accounts for itself, and account for the server."""
         assert self.server is not None
@@ -160,6 +164,7 @@ class Libtorrent(Contender):
         """Make the torrent."""
         from .torrent import make_torrent
 
+        self._serve_copy()
         self._torrent = self.work / "model.torrent"
         make_torrent(self.source, self._torrent)
 
@@ -180,6 +185,10 @@ class Iroh(Contender):
 
     name = "iroh 0.35"
     needs_module = "iroh"
+
+    def prepare(self) -> None:
+        """Take a copy of the file."""
+        self._serve_copy()
 
     def start(self) -> None:
         """Serve the file from where it is."""

@@ -3,10 +3,10 @@
     python -m benchmarks.one_source [--mib 1024] [--rounds 5] [--cache warm,cold]
                                     [--only NAMES] [--json]
 
-Contenders take turns in each round, each round in another order. Server and receiver are
-fresh processes each time, and nobody else's run meanwhile. The receiver writes into an
-empty folder on the same disk. What is served is in the page cache (warm), or has been taken
-out of it after the server's start (cold). Memory is kept warm for everyone (see
+Contenders take turns in each round, each round in another order. Every receiver is a
+fresh process that writes into an empty folder on the same disk. What is served is in the
+page cache and the servers keep running (warm), or the server is started anew and what it
+serves is taken out of the page cache (cold). Memory is kept warm for everyone (see
 `warm_memory`), and everyone has one round that is not counted. "Done" means in files and,
 where the contender verifies at all, verified; nobody waits for the disk's own cache.
 """
@@ -19,6 +19,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,35 +45,34 @@ TARGETS = (
 Measured = dict[str, list[Measurement]]
 
 
-def measure(
-    contenders: Sequence[Contender], work: Path, rounds: int, caches: Sequence[str]
-) -> dict[str, Measured]:
-    """Run all contenders in turn and return what was measured, by state of the cache."""
-    measured: dict[str, Measured] = {cache: {c.name: [] for c in contenders} for cache in caches}
-    for number in range(-1, rounds):  # the first one is not counted
-        turn = number % len(contenders)
-        for contender in [*contenders[turn:], *contenders[:turn]]:
-            for cache in caches:
-                one = _one_run(contender, work / "target", cache)
+def measure(contenders: Sequence[Contender], work: Path, rounds: int, cache: str) -> Measured:
+    """Run all contenders in turn, and return what was measured.
+
+    What is served is in the page cache and all servers keep running (warm), or each server
+    is started anew and what it serves is then taken out of the page cache (cold).
+    """
+    measured: Measured = {contender.name: [] for contender in contenders}
+    with ExitStack() as stack:
+        for contender in contenders:
+            contender.start()
+            stack.callback(contender.stop)
+        for number in range(-1, rounds):  # the first round is not counted
+            turn = number % len(contenders)
+            for contender in [*contenders[turn:], *contenders[:turn]]:
+                if cache == COLD:
+                    contender.stop()  # a file that is mapped would stay in the cache
+                    contender.start()
+                    page_cache.evict(contender.served)
+                else:
+                    page_cache.warm(contender.served)
+                target = work / "target"
+                target.mkdir()
+                os.sync()
+                one = contender.run(target)
+                shutil.rmtree(target)
                 if number >= 0:
-                    measured[cache][contender.name].append(one)
+                    measured[contender.name].append(one)
     return measured
-
-
-def _one_run(contender: Contender, target: Path, cache: str) -> Measurement:
-    contender.start()
-    try:
-        # After the start: a server may read the whole file then.
-        if cache == WARM:
-            page_cache.warm(contender.served)
-        else:
-            page_cache.evict(contender.served)
-        target.mkdir()
-        os.sync()
-        return contender.run(target)
-    finally:
-        contender.stop()
-        shutil.rmtree(target)
 
 
 def summary(measured: Measured, size_bytes: int) -> list[dict[str, Any]]:
@@ -175,7 +175,9 @@ def main() -> None:
         for contender in contenders:
             contender.prepare()
         with warm_memory(size_bytes):
-            measured = measure(contenders, work, args.rounds, args.caches)
+            measured = {
+                cache: measure(contenders, work, args.rounds, cache) for cache in args.caches
+            }
     rows = {cache: summary(measured[cache], size_bytes) for cache in args.caches}
     text = "\n\n".join(
         f"{args.mib} MiB, {args.rounds} rounds, what is served is {cache}\n"
