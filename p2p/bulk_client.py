@@ -6,8 +6,8 @@ range requests: the bytes of an answer go from the socket into the caller's buff
 Rules
 - One thread uses a connection; `abort` alone may be called from another.
 - No wait without an end: connecting and the handshake have one deadline together, the
-  head of an answer has the stall deadline as a whole, and so has every receive of a
-  body and every send. A TLS record must arrive whole within it.
+  head of an answer has the stall deadline as a whole, and so has every send. Of a body
+  `MIN_PIECE_BYTES` must come within it: a byte now and then is a stall too.
 - Foreign errors (ssl, socket) become the ones below, which say what the peer did.
 - After any error but `Lacks` the connection is of no more use.
 
@@ -18,6 +18,7 @@ and what to ask for.
 from __future__ import annotations
 
 import ipaddress
+import math
 import socket
 import ssl
 import sys
@@ -41,6 +42,10 @@ retransmissions of a lost SYN (after 1 s and 3 s)."""
 
 STALL_TIMEOUT_S = 3.0
 """Seconds without a byte after which a peer counts as stalled."""
+
+MIN_PIECE_BYTES = 4 << 10
+"""Bytes of a body that must come within the stall deadline: 1.4 kB/s. A peer with a limited
+rate gives every connection at least three times that."""
 
 RECEIVE_BUFFER_BYTES = 32 << 10
 """Room for heads: an unfinished one and a whole TLS record (16 KiB) behind it."""
@@ -86,11 +91,16 @@ class BulkConnection:
     """A TLS connection to a peer's bulk server. Made by `connect`."""
 
     def __init__(
-        self, identity: BulkIdentity, expected_peer_id: str, stall_timeout_s: float
+        self,
+        identity: BulkIdentity,
+        expected_peer_id: str,
+        stall_timeout_s: float,
+        max_receive_bytes: int | None,
     ) -> None:
         self._identity = identity
         self._peer_id = expected_peer_id
         self._stall_timeout_s = stall_timeout_s
+        self._max_receive_bytes = max_receive_bytes
         self._abort_lock = threading.Lock()
         self._aborted = False
         self._raw: socket.socket | None = None
@@ -109,6 +119,7 @@ class BulkConnection:
         *,
         timeout_s: float = CONNECT_TIMEOUT_S,
         stall_timeout_s: float = STALL_TIMEOUT_S,
+        max_receive_bytes: int | None = None,
         watch: Callable[[BulkConnection], None] | None = None,
     ) -> BulkConnection:
         """Connect, shake hands, and check who is there.
@@ -124,6 +135,8 @@ class BulkConnection:
             Peer id that must be there, in base58.
         timeout_s, stall_timeout_s : float, optional
             Seconds for connecting, and for every later wait.
+        max_receive_bytes : int, optional
+            Most that the kernel may receive ahead of us, for when we limit our rate.
         watch : callable, optional
             Called with the connection before the first wait, so that another thread
             can `abort` it while it is being made.
@@ -135,7 +148,7 @@ class BulkConnection:
         ProtocolError
             Somebody else is there, or somebody without a libp2p certificate.
         """
-        connection = cls(identity, expected_peer_id, stall_timeout_s)
+        connection = cls(identity, expected_peer_id, stall_timeout_s, max_receive_bytes)
         if watch is not None:
             watch(connection)
         try:
@@ -155,11 +168,14 @@ class BulkConnection:
         self._adopt(raw)
         try:
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self._max_receive_bytes is not None:  # before connecting: it sets the window
+                raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._max_receive_bytes)
             raw.settimeout(_left_s(deadline))
             started = time.monotonic()
             raw.connect((host, port))
             round_trip_s = _round_trip_s(raw) or time.monotonic() - started
-            if round_trip_s < NEAR_ROUND_TRIP_S and _is_granted(NEAR_RECEIVE_BYTES):
+            is_near = round_trip_s < NEAR_ROUND_TRIP_S and self._max_receive_bytes is None
+            if is_near and _is_granted(NEAR_RECEIVE_BYTES):
                 raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, NEAR_RECEIVE_BYTES)
             raw.settimeout(_left_s(deadline))
             with self._abort_lock:
@@ -290,13 +306,20 @@ class BulkConnection:
             raise Closed("closed the connection")
         self._end += received
 
-    def read_into(self, view: memoryview) -> None:
+    def read_into(self, view: memoryview, within_s: float = math.inf) -> int:
         """Fill `view` with the next bytes of the current answer's body.
 
         Parameters
         ----------
         view : memoryview
             Of bytes; at most as long as what is left of the body.
+        within_s : float, optional
+            Seconds after which less is returned too, if it is `MIN_PIECE_BYTES` or more.
+
+        Returns
+        -------
+        int
+            Number of bytes that came.
 
         Raises
         ------
@@ -309,8 +332,15 @@ class BulkConnection:
         filled = min(wanted, self._end - self._start)
         view[:filled] = self._view[self._start : self._start + filled]
         self._start += filled
+        begun = time.monotonic()
         with self._translated():
             while filled < wanted:
+                waited_s = time.monotonic() - begun
+                if waited_s >= within_s and filled >= MIN_PIECE_BYTES:
+                    break
+                stalls = waited_s / self._stall_timeout_s
+                if stalls >= 1 and filled < stalls * MIN_PIECE_BYTES:
+                    raise Stalled(f"sent only {filled} bytes in {waited_s:.1f} s")
                 received = self._socket.recv_into(view[filled:])
                 if not received:
                     raise Closed(
@@ -318,7 +348,8 @@ class BulkConnection:
                         f"{self._body_left - filled} bytes before the end of an answer"
                     )
                 filled += received
-        self._body_left -= wanted
+        self._body_left -= filled
+        return filled
 
     def abort(self) -> None:
         """Cut the connection, from any thread: whoever waits on it gets `Closed`."""

@@ -58,7 +58,7 @@ class Race:
         Who must be there.
     timeout_s, stagger_s : float, optional
         Seconds for everything, and between the starts.
-    stall_timeout_s : float, optional
+    stall_timeout_s, max_receive_bytes : optional
         For the connection that comes of it.
     """
 
@@ -71,6 +71,7 @@ class Race:
         timeout_s: float = RACE_TIMEOUT_S,
         stagger_s: float = STAGGER_S,
         stall_timeout_s: float = STALL_TIMEOUT_S,
+        max_receive_bytes: int | None = None,
     ) -> None:
         self._addresses = list(addresses)[:MAX_ADDRESSES]
         self._identity = identity
@@ -78,6 +79,7 @@ class Race:
         self._timeout_s = timeout_s
         self._stagger_s = stagger_s
         self._stall_timeout_s = stall_timeout_s
+        self._max_receive_bytes = max_receive_bytes
         self._changed = threading.Condition()
         self._running: dict[int, BulkConnection | None] = {}
         self._winner: BulkConnection | None = None
@@ -155,6 +157,7 @@ class Race:
                 self._peer_id,
                 timeout_s=max(0.001, deadline - time.monotonic()),
                 stall_timeout_s=self._stall_timeout_s,
+                max_receive_bytes=self._max_receive_bytes,
                 watch=self._watcher(number),
             )
         except RemoteError as error:  # somebody else at the address included

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import trio
 
+from tensorswarm.store.digest import CHUNK_SIZE
 from tensorswarm.store.errors import (
     HashMismatch,
     NoSource,
@@ -31,6 +32,7 @@ from . import wire
 from .neighbours import Neighbours
 from .origin import FileRange, display_url
 from .origin_source import OriginSource
+from .rates import RateLimiter
 from .results import SourceReport
 from .routes import Routes, Via
 from .sink import (
@@ -43,7 +45,7 @@ from .sink import (
     StoreSink,
 )
 from .source import Failure, Outcome, SourceWorker, Span
-from .swarm import Ask, Cancel, Drop, Planner, SourceKind
+from .swarm import Ask, Cancel, Drop, Planner, PlannerLimits, SourceKind
 
 RETRY_BACKOFF_S = (1.0, 3.0, 10.0)
 """Pauses before a source that failed for a passing reason is tried again."""
@@ -53,6 +55,13 @@ TELL_INTERVAL_S = 0.5
 
 TICK_S = 1.0
 """Longest sleep of the loop, so that the time-outs that concern the whole are noticed."""
+
+MOVED_BYTES = 16 << 10
+"""Bytes after which a download counts as moving, though no chunk is complete: a chunk
+takes a minute at the lowest rate that can be set. A byte a second never gets there."""
+
+LIMITED_SOURCES = 16
+"""Sources that our own limit may slow down together before one of them counts as slow."""
 
 PASSING = frozenset({Failure.STALLED, Failure.CLOSED, Failure.UNREACHABLE})
 
@@ -116,6 +125,8 @@ class Download:
     urgency : mapping of bytes to int
         Objects that matter more or less than others, by digest; a lower number comes
         first, 0 is normal.
+    limiter : RateLimiter, optional
+        Holds what is received below a rate.
     """
 
     def __init__(
@@ -128,6 +139,7 @@ class Download:
         rng: random.Random,
         on_progress: Callable[[int], None],
         urgency: Mapping[bytes, int],
+        limiter: RateLimiter | None = None,
     ) -> None:
         self._incoming = incoming
         self._index_of = {each.digest: i for i, each in enumerate(incoming)}
@@ -135,6 +147,7 @@ class Download:
         self._routes = routes
         self._origins = origins
         self._on_progress = on_progress
+        self._limiter = limiter
         self._events = EventQueue()
         self._sink = StoreSink(incoming)
         self._planner = Planner(
@@ -144,6 +157,7 @@ class Download:
             priorities={
                 i: urgency[each.digest] for i, each in enumerate(incoming) if each.digest in urgency
             },
+            limits=_planner_limits(limiter),
         )
         self._sources: dict[str, _Source] = {}
         self._refused: dict[str, int] = {}
@@ -151,6 +165,7 @@ class Download:
         self._changed: set[int] = set()
         self._finishing: set[int] = set()
         self._moved_at = trio.current_time()
+        self._came_bytes = 0  # since it moved
         self.search_is_over = False
         """Set by whoever looks for sources, once nobody is left to ask for now."""
 
@@ -227,6 +242,10 @@ class Download:
     def _take_event(self, now: float, event: object) -> None:
         match event:
             case Progressed(source, request_id, byte_count):
+                self._came_bytes += byte_count
+                if self._came_bytes >= MOVED_BYTES:
+                    self._came_bytes = 0
+                    self._moved_at = now
                 self._planner.progress(now, source, request_id, byte_count)
             case ChunkCame(source, _, index, chunk, outcome, byte_count):
                 self._take_chunk(now, source, index, chunk, outcome, byte_count)
@@ -310,7 +329,12 @@ class Download:
         if source.kind is SourceKind.ORIGIN:
             origin = next(origin for origin in self._origins if origin.url == name)
             source.worker = OriginSource(
-                name, self._places(origin), origin.urls, self._sink, self._events
+                name,
+                self._places(origin),
+                origin.urls,
+                self._sink,
+                self._events,
+                limiter=self._limiter,
             )
         else:
             source.via, source.worker = self._routes.start(now, name, self._sink, self._events)
@@ -502,6 +526,21 @@ class Download:
                     )
                 )
         return reports, statistics.duplicate_bytes + statistics.refused_bytes
+
+
+def _planner_limits(limiter: RateLimiter | None) -> PlannerLimits:
+    """Return the planner's limits; what our own limit slows down is nobody's fault."""
+    limits = PlannerLimits()
+    if limiter is None:
+        return limits
+    chunk_s = CHUNK_SIZE / limiter.bytes_per_s
+    return replace(
+        limits,
+        slow_chunk_s=limits.slow_chunk_s + LIMITED_SOURCES * chunk_s,
+        # A second source shares the limit with the first: its copy slows the original.
+        unknown_wait_s=limits.unknown_wait_s + 2 * chunk_s,
+        copy_gain=limits.copy_gain / 2,
+    )
 
 
 def _is_of_use(entry: wire.HaveEntry, incoming: Incoming) -> bool:

@@ -364,6 +364,7 @@ class Fetch:
             rng=services.rng,
             on_progress=count,
             urgency=self._urgency,
+            limiter=services.download_limiter,
         )
 
     async def _run(

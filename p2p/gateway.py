@@ -24,6 +24,7 @@ from tensorswarm.store.store import Store
 from tensorswarm.store.version import VERSION
 
 from .addresses import parse_listen, tcp_host
+from .rates import RateLimiter
 
 MAX_CONNECTIONS = 64
 """Connections served at once; each holds a thread."""
@@ -46,6 +47,8 @@ class Gateway:
         What it gives.
     address : str
         ``host:port`` to listen on; port 0 for any free one.
+    limiter : RateLimiter, optional
+        Holds what is sent below a rate, fairly between the clients' addresses.
 
     Raises
     ------
@@ -53,10 +56,10 @@ class Gateway:
         The address is malformed or cannot be listened on.
     """
 
-    def __init__(self, store: Store, address: str) -> None:
+    def __init__(self, store: Store, address: str, limiter: RateLimiter | None = None) -> None:
         host, port = tcp_host(parse_listen(address))
         try:
-            self._server = _Server((host, port), store)
+            self._server = _Server((host, port), store, limiter)
         except OSError as error:
             raise BadInput(f"cannot serve HTTP on {address}: {error.strerror}") from error
         self._thread = threading.Thread(
@@ -85,8 +88,9 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, address: tuple[str, int], store: Store) -> None:
+    def __init__(self, address: tuple[str, int], store: Store, limiter: RateLimiter | None) -> None:
         self.store = store
+        self.limiter = limiter
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
         super().__init__(address, _Handler)
@@ -116,6 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
     def __init__(self, request: object, client_address: object, server: BaseServer) -> None:
         assert isinstance(server, _Server)
         self._store = server.store
+        self._limiter = server.limiter
         super().__init__(request, client_address, server)  # type: ignore[arg-type]
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
@@ -194,12 +199,22 @@ class _Handler(BaseHTTPRequestHandler):
             for offset in range(start, stop, len(buffer)):
                 view = buffer[: min(len(buffer), stop - offset)]
                 reader.read_into(offset, view)
-                self.wfile.write(view)
+                self._write(view)
         except (OSError, TensorswarmError):
             self.close_connection = True  # too late for an error status: the client sees it short
             raise
         finally:
             reader.close()
+
+    def _write(self, view: memoryview) -> None:
+        """Send bytes; each slice has the whole time-out."""
+        if self._limiter is None:
+            self.wfile.write(view)
+            return
+        for start in range(0, len(view), self._limiter.slice_bytes):
+            part = view[start : start + self._limiter.slice_bytes]
+            self._limiter.take(self.client_address[0], len(part))
+            self.wfile.write(part)
 
 
 def parse_range(text: str, size: int) -> tuple[int, int] | None:

@@ -35,6 +35,7 @@ from .host import Host
 from .identity import identity_for
 from .neighbours import Neighbours
 from .node_state import remove_state, write_state
+from .rates import limiter_of
 from .results import FetchResult
 from .routes import Routes, bulk_candidates, bulk_told
 from .services import Services
@@ -74,6 +75,9 @@ class Node:
         fetch does neither.
     seed : int, optional
         Seed of all random choices; from the system by default.
+    upload_limit, download_limit : float or str, optional
+        What the node gives, and takes, in all: bytes per second, or as people write it,
+        such as ``"5MB/s"`` (see `rates.parse_rate`).
 
     Attributes
     ----------
@@ -85,7 +89,8 @@ class Node:
     Raises
     ------
     BadInput
-        An address is malformed or in use, or the store is of no use.
+        An address or a limit is malformed, an address is in use, or the store is of no
+        use.
     """
 
     def __init__(
@@ -97,6 +102,8 @@ class Node:
         bulk_port: int = 0,
         server: bool = True,
         seed: int | None = None,
+        upload_limit: float | str | None = None,
+        download_limit: float | str | None = None,
     ) -> None:
         self._given_store = store
         self._bootstrap = [parse_peer_address(text) for text in bootstrap]
@@ -104,6 +111,8 @@ class Node:
         self._bulk_port = bulk_port
         self._server = server
         self._rng = random.Random(seed)
+        self.upload_limiter = limiter_of(upload_limit)
+        self.download_limiter = limiter_of(download_limit)
         self._stack = AsyncExitStack()
         self.peer_id = ""
 
@@ -153,16 +162,22 @@ class Node:
             host=_bulk_host(self._host.addrs()),
             port=self._bulk_port,
             read_small=self.store.read_small,
+            limiter=self.upload_limiter,
         )
+        if self.download_limiter is not None:
+            stack.callback(self.download_limiter.close)
         self._bulk.start()
         stack.callback(self._bulk.close)
-        self._streams = StreamServer(self.store.open_reader, self.neighbours.is_neighbour)
+        self._streams = StreamServer(
+            self.store.open_reader, self.neighbours.is_neighbour, limiter=self.upload_limiter
+        )
         self._host.set_handler(BULK_STREAM_PROTOCOL, self._streams.handle)
         self._routes = Routes(
             self._identity,
             self._bulk_addresses,
             lambda peer_id: self._host.open_stream(peer_id, BULK_STREAM_PROTOCOL),
             self._host.start_soon,
+            limiter=self.download_limiter,
         )
         self._dht_file = None
         if lock is not None and self._server:
@@ -293,6 +308,7 @@ class Node:
             self._routes,
             self._bootstrap,
             self._rng,
+            self.download_limiter,
         )
 
     def _bulk_addresses(self, peer_id: str) -> list[tuple[str, int]]:

@@ -115,6 +115,20 @@ class Watch:
             for each in self._sockets:
                 _shut_down(each)
 
+    def extend(self, timeout_s: float) -> None:
+        """Let the present block take `timeout_s` seconds more, from now on."""
+        self._guard.set_deadline(self, time.monotonic() + timeout_s)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count the time in the block."""
+        left_s = self.due_at - time.monotonic()
+        self._guard.set_deadline(self, NEVER)
+        try:
+            yield
+        finally:
+            self._guard.set_deadline(self, time.monotonic() + left_s)
+
     @contextlib.contextmanager
     def deadline(self, timeout_s: float) -> Iterator[None]:
         """Cut the thread's sockets if the block takes longer than `timeout_s` seconds."""

@@ -5,7 +5,8 @@ passwords from the URL or netrc, proxies from the environment, and TLS. Around i
 this module holds the rules that make a hostile or broken server harmless:
 
 - Every wait ends. httpx bounds a single read; a `Guard` bounds the whole of the
-  headers and the whole of each chunk, against servers that send a byte now and then.
+  headers, and the time for each `MIN_PROGRESS_BYTES` of a body, against servers that
+  send a byte now and then. Waiting for our own limit does not count.
 - At most `MAX_REDIRECTS`, whose bodies are not kept, and only the origin itself
   sees our credentials and the caller's headers.
 - The answer must be what was asked: status, ``Content-Range``, length, no content
@@ -19,12 +20,16 @@ translated in `translate` and nowhere else. Hashes are the caller's work.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import socket
 import ssl
+import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from netrc import NetrcParseError
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -33,6 +38,7 @@ from tensorswarm.store.errors import BadInput, RemoteError
 
 from .origin import FileRange, check_origin_url, parse_content_range, parse_retry_after
 from .origin_guard import Guard, Watch
+from .rates import RateLimiter
 from .source import Failure
 
 CONNECT_TIMEOUT_S = 5.0
@@ -47,6 +53,18 @@ costs more than connecting anew."""
 
 PROGRESS_BYTES = 64 << 10
 """Bytes between two notes of progress: about 1 ms at 64 MB/s."""
+
+MIN_PROGRESS_BYTES = 4 << 10
+"""Fewest bytes that count as progress; less is a stall, as with a peer."""
+
+PROGRESS_INTERVAL_S = 0.25
+"""Seconds after which fewer than `PROGRESS_BYTES` are noted."""
+
+LIMITED_RECEIVE_S = 0.1
+"""Seconds of a limited rate that the kernel may receive ahead of us."""
+
+MIN_RECEIVE_BYTES = 64 << 10
+"""Smallest receive buffer: what httpx reads at once."""
 
 DEFAULT_PAUSE_S = 1.0
 """Seconds to leave a server alone that is overloaded and does not say for how long."""
@@ -110,7 +128,10 @@ def translate(error: Exception) -> OriginFailure:
 def _failure_of(error: Exception, watch: Watch, limits: Limits) -> OriginFailure:
     """Return what an httpx error means; after a cut, a missed deadline."""
     if watch.is_cut:
-        detail = f"too slow: took over {limits.chunk_timeout_s:g} s for a chunk or the headers"
+        detail = (
+            f"too slow: took over {limits.progress_timeout_s:g} s for "
+            f"{MIN_PROGRESS_BYTES} bytes or the headers"
+        )
         return OriginFailure(Failure.STALLED, detail)
     return translate(error)
 
@@ -122,12 +143,12 @@ class Limits(NamedTuple):
     ----------
     stall_timeout_s : float
         Longest wait for any bytes.
-    chunk_timeout_s : float
-        Longest wait for a whole chunk, and for the headers with all redirects.
+    progress_timeout_s : float
+        Longest wait for `MIN_PROGRESS_BYTES`, and for the headers with all redirects.
     """
 
     stall_timeout_s: float
-    chunk_timeout_s: float
+    progress_timeout_s: float
 
 
 class Body:
@@ -143,6 +164,8 @@ class Body:
         The deadlines.
     note_progress : Callable[[int], None]
         Hears of bytes received.
+    take : Callable[[int], int]
+        Waits for our own limit; returns how many of so many bytes may be taken.
     """
 
     def __init__(
@@ -151,11 +174,14 @@ class Body:
         watch: Watch,
         limits: Limits,
         note_progress: Callable[[int], None],
+        take: Callable[[int], int],
     ) -> None:
         self._pieces = pieces
         self._watch = watch
         self._limits = limits
         self._note_progress = note_progress
+        self._wait_for_limit = take
+        self._reported_at = 0.0
         self._rest = memoryview(b"")
         self._unreported = 0
 
@@ -202,10 +228,15 @@ class Body:
             if piece is None:
                 raise OriginFailure(Failure.CLOSED, "the answer ended too early")
             self._rest = memoryview(piece)
-        taken, self._rest = self._rest[:limit], self._rest[limit:]
+        room = self._wait_for_limit(min(limit, len(self._rest)))
+        taken, self._rest = self._rest[:room], self._rest[room:]
         self._unreported += len(taken)
-        if self._unreported >= PROGRESS_BYTES:
+        waited_s = time.monotonic() - self._reported_at
+        if self._unreported >= PROGRESS_BYTES or (
+            waited_s >= PROGRESS_INTERVAL_S and self._unreported >= MIN_PROGRESS_BYTES
+        ):
             self._report()
+            self._watch.extend(self._limits.progress_timeout_s)
         return taken
 
     def _next_piece(self) -> bytes | None:
@@ -216,13 +247,14 @@ class Body:
 
     @contextlib.contextmanager
     def _portion(self) -> Iterator[None]:
-        with self._watch.deadline(self._limits.chunk_timeout_s):
+        with self._watch.deadline(self._limits.progress_timeout_s):
             try:
                 yield
             finally:
                 self._report()
 
     def _report(self) -> None:
+        self._reported_at = time.monotonic()
         if self._unreported:
             self._note_progress(self._unreported)
             self._unreported = 0
@@ -257,6 +289,8 @@ class OriginClient:
         Shared by the clients of a source: making one takes 20 ms.
     headers : Mapping[str, str]
         Further headers for the origin, which nobody it redirects to sees.
+    limiter : RateLimiter or None
+        Holds what all sources receive together below a rate.
     """
 
     def __init__(
@@ -265,7 +299,9 @@ class OriginClient:
         limits: Limits,
         ssl_context: ssl.SSLContext,
         headers: Mapping[str, str],
+        limiter: RateLimiter | None = None,
     ) -> None:
+        self._limiter = limiter
         self._watch = guard.watch()
         self._limits = limits
         self._headers = httpx.Headers(headers)
@@ -326,18 +362,27 @@ class OriginClient:
             try:
                 is_whole_file = _check_answer(response, place, start, stop)
             except OriginFailure:
-                with self._watch.deadline(self._limits.chunk_timeout_s):
+                with self._watch.deadline(self._limits.progress_timeout_s):
                     _drain(response)
                 raise
-            body = Body(response.iter_raw(), self._watch, self._limits, note_progress)
+            take = functools.partial(self._take_room, url)
+            body = Body(response.iter_raw(), self._watch, self._limits, note_progress, take)
             yield Answer(is_whole_file, body)
         finally:
             response.close()  # also ends the connection unless the body was read to its end
 
+    def _take_room(self, url: str, byte_count: int) -> int:
+        if self._limiter is None:
+            return byte_count
+        room = min(byte_count, self._limiter.slice_bytes)
+        with self._watch.paused():
+            self._limiter.take(urlsplit(url).netloc, room)
+        return room
+
     def _send(self, url: str, headers: httpx.Headers) -> httpx.Response:
         for attempt in range(1, SEND_ATTEMPTS + 1):
             try:
-                with self._watch.deadline(self._limits.chunk_timeout_s):
+                with self._watch.deadline(self._limits.progress_timeout_s):
                     return self._follow(url, headers)
             except _HTTPX_ERRORS as error:
                 failure = _failure_of(error, self._watch, self._limits)
@@ -371,7 +416,13 @@ class OriginClient:
     def _note_socket(self, event: str, info: dict[str, Any]) -> None:
         """Learn of a new connection's socket, from httpcore's ``trace`` extension."""
         if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
-            self._watch.add(info["return_value"].get_extra_info("socket"))
+            new = info["return_value"].get_extra_info("socket")
+            if self._limiter is not None:
+                ahead_bytes = int(self._limiter.bytes_per_s * LIMITED_RECEIVE_S)
+                new.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_RCVBUF, max(MIN_RECEIVE_BYTES, ahead_bytes)
+                )
+            self._watch.add(new)
 
 
 def _check_answer(response: httpx.Response, place: FileRange, start: int, stop: int) -> bool:

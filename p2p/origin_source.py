@@ -50,6 +50,7 @@ from tensorswarm.store.errors import BadInput, LocalError
 from .origin import FileRange, Piece, continues_run, pieces_of_file, pieces_of_span
 from .origin_guard import Guard
 from .origin_http import Answer, Body, Limits, OriginClient, OriginFailure
+from .rates import RateLimiter
 from .source import Failure, Outcome, Report, Request, Sink, SourceWorker
 
 MAX_QUEUED_REQUESTS = 256
@@ -57,6 +58,10 @@ MAX_QUEUED_REQUESTS = 256
 
 MAX_PASSES = 2
 """Most times a file is read as a whole: once, and once more after a broken connection."""
+
+PROGRESS_TIMEOUT_S = 20.0
+"""Seconds for an answer's headers with all redirects: a cold store behind a hub takes a
+few. The planner, which has others to ask, is less patient."""
 
 MAX_PAUSE_S = 30.0
 """Longest pause that a busy server gets, in seconds; then it is asked again."""
@@ -121,13 +126,15 @@ class OriginSource(SourceWorker):
         Threads, with a connection each.
     stall_timeout_s : float
         Longest wait for any bytes, in seconds.
-    chunk_timeout_s : float
-        Longest wait for a whole chunk, and for an answer's headers, in seconds.
+    progress_timeout_s : float
+        Longest wait for some KiB of a body, and for an answer's headers, in seconds.
     max_pause_s : float
         Longest pause granted to a busy server, in seconds.
     headers : Mapping[str, str] or None
         Further request headers, such as ``Authorization``. Only the origin's own
         host gets them.
+    limiter : RateLimiter, optional
+        Holds what all sources receive together below a rate.
     """
 
     def __init__(
@@ -140,9 +147,10 @@ class OriginSource(SourceWorker):
         *,
         connections: int = 2,
         stall_timeout_s: float = 3.0,
-        chunk_timeout_s: float = 20.0,
+        progress_timeout_s: float = PROGRESS_TIMEOUT_S,
         max_pause_s: float = MAX_PAUSE_S,
         headers: Mapping[str, str] | None = None,
+        limiter: RateLimiter | None = None,
     ) -> None:
         self._source = source
         self._locate = locate
@@ -150,9 +158,10 @@ class OriginSource(SourceWorker):
         self._sink = sink
         self._report = report
         self._connections = connections
-        self._limits = Limits(stall_timeout_s, chunk_timeout_s)
+        self._limits = Limits(stall_timeout_s, progress_timeout_s)
         self._max_pause_s = max_pause_s
         self._headers = dict(headers or {})
+        self._limiter = limiter
         self._guard = Guard()
         # Guards everything below, and the jobs' and whole files' hand-over.
         self._changed = threading.Condition()
@@ -238,7 +247,9 @@ class OriginSource(SourceWorker):
 
     def _work(self) -> None:
         try:
-            client = OriginClient(self._guard, self._limits, self._ssl_context, self._headers)
+            client = OriginClient(
+                self._guard, self._limits, self._ssl_context, self._headers, self._limiter
+            )
         except Exception as error:  # a malformed proxy setting, header or certificate file
             _logger.warning("no HTTP client can be made", exc_info=error)
             if not self._closed:

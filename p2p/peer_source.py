@@ -47,6 +47,7 @@ from .bulk_dial import RACE_TIMEOUT_S, Abortable, Race
 from .http1 import RangeRequest
 from .http1_small import SmallRequest
 from .ranges import Range, Together, asks_of
+from .rates import RateLimiter
 from .source import Failure, Outcome, Report, Request, Sink, SmallOutcome
 from .tls import BulkIdentity
 
@@ -61,15 +62,23 @@ bytes each in their request, count as one."""
 MAX_BYTES_AHEAD = 16 << 20
 """Bytes asked for beyond the answer being read: 1 Gbit/s over 130 ms."""
 
-PIECE_BYTES = 64 << 10
-"""Bytes taken from a slow connection at a time, each followed by a report of progress."""
-
-MAX_PIECE_BYTES = 256 << 10
-"""Bytes taken from a fast one. A peer that falls below 85 kB/s within such a piece shows
-nothing for the planner's 3 s; it is tried again after a second, with small pieces."""
+PIECE_BYTES = 256 << 10
+"""Bytes taken from a connection at a time, each followed by a report of progress."""
 
 PROGRESS_INTERVAL_S = 0.25
-"""Seconds that a piece may take before smaller ones are taken."""
+"""Seconds after which progress is reported before a piece is full: often enough for the
+planner's 3 s, whatever the rate."""
+
+HELD_S = 0.5
+"""Seconds of waiting for our own limit after which the planner is told that the peer is
+not to blame."""
+
+LIMITED_RECEIVE_S = 0.1
+"""Seconds of a limited rate that the kernel may receive ahead of us: more would be a
+burst on the line, less a brake where the round trip is as long."""
+
+MIN_RECEIVE_BYTES = 32 << 10
+"""Smallest receive buffer: two TLS records."""
 
 IDLE_CLOSE_S = 30.0
 """Seconds without work after which a connection is given back: half of the server's
@@ -115,6 +124,8 @@ class PeerSource:
         Requests that one connection has begun at the same time.
     connect_timeout_s, stall_timeout_s, idle_close_s : float, optional
         Seconds to connect, for any wait on the peer, and without work.
+    limiter : RateLimiter, optional
+        Holds what all sources receive together below a rate.
     """
 
     def __init__(
@@ -130,7 +141,12 @@ class PeerSource:
         connect_timeout_s: float = RACE_TIMEOUT_S,
         stall_timeout_s: float = STALL_TIMEOUT_S,
         idle_close_s: float = IDLE_CLOSE_S,
+        limiter: RateLimiter | None = None,
     ) -> None:
+        ahead_bytes = None
+        if limiter is not None:
+            ahead_bytes = max(MIN_RECEIVE_BYTES, int(limiter.bytes_per_s * LIMITED_RECEIVE_S))
+
         def race() -> Race:
             return Race(
                 addresses,
@@ -138,9 +154,10 @@ class PeerSource:
                 source,
                 timeout_s=connect_timeout_s,
                 stall_timeout_s=stall_timeout_s,
+                max_receive_bytes=ahead_bytes,
             )
 
-        self._desk = _Desk(source, sink, report)
+        self._desk = _Desk(source, sink, report, limiter)
         self._workers = [
             _Worker(self._desk, race, pipeline_depth, idle_close_s, f"bulk-{source[-6:]}-{number}")
             for number in range(connections)
@@ -182,8 +199,11 @@ class PeerSource:
 class _Desk:
     """What the workers of one source share: queue, reports, and the end. Thread-safe."""
 
-    def __init__(self, source: str, sink: Sink, report: Report) -> None:
+    def __init__(
+        self, source: str, sink: Sink, report: Report, limiter: RateLimiter | None
+    ) -> None:
         self.sink = sink
+        self._limiter = limiter
         self._source = source
         self._report = report
         self._changed = threading.Condition()
@@ -281,6 +301,18 @@ class _Desk:
         else:
             self._report.failed(self._source, request_id, failure, detail)
 
+    def take_room(self, job: _Job, byte_count: int) -> int:
+        """Wait until bytes may be received; return how many, at most `byte_count`."""
+        limiter = self._limiter
+        if limiter is None:
+            return min(byte_count, PIECE_BYTES)
+        begun = time.monotonic()
+        room = min(byte_count, limiter.slice_bytes)
+        limiter.take(self._source, room)
+        if time.monotonic() - begun >= HELD_S:
+            self.progress(job, 0)
+        return room
+
     def progress(self, job: _Job, byte_count: int) -> None:
         if not self.stopped:
             self._report.progress(self._source, job.request.request_id, byte_count)
@@ -321,8 +353,6 @@ class _Worker:
         self._wire: deque[tuple[_Job, Range | Together]] = deque()
         self._wire_bytes = self._wire_weight = 0
         self._chunks_read = 0  # of the first range on the wire
-        self._reported_at = 0.0
-        self._piece_bytes = PIECE_BYTES
         self._cuts = 0  # since a request was last answered
 
     def _run(self) -> None:
@@ -472,18 +502,14 @@ class _Worker:
 
     def _read(self, connection: BulkConnection, job: _Job, data: memoryview) -> None:
         """Fill `data` from the connection, in pieces that each show the peer is still there."""
-        start = 0
+        start = room = 0
         while start < len(data):
-            piece = data[start : start + self._piece_bytes]
-            connection.read_into(piece)
-            start += len(piece)
-            self._desk.progress(job, len(piece))
-            now = time.monotonic()
-            if now - self._reported_at > PROGRESS_INTERVAL_S:
-                self._piece_bytes = PIECE_BYTES
-            elif self._piece_bytes < MAX_PIECE_BYTES:
-                self._piece_bytes *= 2
-            self._reported_at = now
+            if not room:
+                room = self._desk.take_room(job, len(data) - start)
+            came = connection.read_into(data[start : start + room], PROGRESS_INTERVAL_S)
+            start += came
+            room -= came
+            self._desk.progress(job, came)
 
     def _drop_range(self, job: _Job) -> None:
         self._wire_weight -= self._wire.popleft()[1].weight

@@ -26,6 +26,7 @@ from .addresses import Scope, scope_of, tcp_host
 from .bulk_dial import MAX_ADDRESSES
 from .host import Stream
 from .peer_source import PeerSource
+from .rates import RateLimiter
 from .source import Report, Sink, SourceWorker
 from .stream_source import StreamSource
 from .tls import BulkIdentity
@@ -61,6 +62,8 @@ class Routes:
         Runs an operation in the background, as `Host.start_soon` does.
     is_relayed : callable
         From a peer id to whether all connections to it lead through a relay.
+    limiter : RateLimiter, optional
+        Holds what all sources receive together below a rate.
     """
 
     def __init__(
@@ -70,12 +73,14 @@ class Routes:
         open_stream: Callable[[str], Awaitable[Stream]],
         start_soon: Callable[[Callable[[], Awaitable[object]]], object],
         is_relayed: Callable[[str], bool] = lambda _peer_id: False,
+        limiter: RateLimiter | None = None,
     ) -> None:
         self._identity = identity
         self._bulk_addresses = bulk_addresses
         self._open_stream = open_stream
         self._start_soon = start_soon
         self._is_relayed = is_relayed
+        self._limiter = limiter
         self._unreachable: OrderedDict[str, float] = OrderedDict()
 
     def start(
@@ -84,9 +89,16 @@ class Routes:
         """Return a worker for a peer, and the way it takes."""
         addresses = [] if self._is_unreachable(now, peer_id) else self._bulk_addresses(peer_id)
         if addresses:
-            return Via.BULK, PeerSource(peer_id, addresses, self._identity, sink, report)
+            return Via.BULK, PeerSource(
+                peer_id, addresses, self._identity, sink, report, limiter=self._limiter
+            )
         worker = StreamSource(
-            peer_id, lambda: self._open_stream(peer_id), self._start_soon, sink, report
+            peer_id,
+            lambda: self._open_stream(peer_id),
+            self._start_soon,
+            sink,
+            report,
+            limiter=self._limiter,
         )
         return self.without_bulk(peer_id), worker
 

@@ -11,6 +11,7 @@ from tensorswarm.store.store import Store
 from .addresses import PeerAddress
 from .discovery import Discovery
 from .neighbours import Neighbours
+from .rates import RateLimiter
 from .routes import Routes
 
 
@@ -32,6 +33,8 @@ class Services:
         Peers to begin with.
     rng : random.Random
         Source of all random choices.
+    download_limiter : RateLimiter or None
+        Holds what is received below a rate; shared by all fetches and sources.
     """
 
     store: Store
@@ -40,3 +43,4 @@ class Services:
     routes: Routes
     bootstrap: Sequence[PeerAddress]
     rng: random.Random
+    download_limiter: RateLimiter | None = None

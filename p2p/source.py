@@ -122,7 +122,10 @@ class Report(Protocol):
     """Who hears of the work. Thread-safe: called from the workers' threads."""
 
     def progress(self, source: str, request_id: int, byte_count: int) -> None:
-        """Note that `byte_count` payload bytes arrived, not verified yet."""
+        """Note that `byte_count` payload bytes arrived, not verified yet.
+
+        None at all says that we keep the source waiting ourselves.
+        """
         ...
 
     def chunk(

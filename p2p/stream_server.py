@@ -30,6 +30,7 @@ from tensorswarm.store.reader import ObjectReader
 
 from . import http1
 from .host import Stream
+from .rates import RateLimiter
 
 BULK_STREAM_PROTOCOL = "/tensorswarm/bulk/1"
 """Protocol id of a stream that carries requests of the bulk plane."""
@@ -89,9 +90,8 @@ class StreamServer:
         From a digest to a reader, or None when there is no such object.
     allow : callable
         From a peer id to whether it may have anything.
-    pace : callable, optional
-        Called in a thread with peer id and byte count before a slice is sent; returns
-        when it may be sent. This is where a limit on the rate has its place.
+    limiter : RateLimiter, optional
+        Holds what is sent in all below a rate.
     max_streams, max_streams_per_peer : int, optional
         Streams served at once; further ones are answered 503.
     first_request_timeout_s, idle_timeout_s, send_timeout_s : float, optional
@@ -103,7 +103,7 @@ class StreamServer:
         open_reader: Callable[[bytes], ObjectReader | None],
         allow: Callable[[str], bool],
         *,
-        pace: Callable[[str, int], object] | None = None,
+        limiter: RateLimiter | None = None,
         max_streams: int = MAX_STREAMS,
         max_streams_per_peer: int = MAX_STREAMS_PER_PEER,
         first_request_timeout_s: float = FIRST_REQUEST_TIMEOUT_S,
@@ -112,7 +112,10 @@ class StreamServer:
     ) -> None:
         self.open_reader = open_reader
         self.allow = allow
-        self.pace = pace
+        self.limiter = limiter
+        self.slice_bytes = min(SLICE_BYTES, limiter.slice_bytes) if limiter else SLICE_BYTES
+        # Threads of their own: those who wait for a turn must not keep others from the disk.
+        self.turns = trio.CapacityLimiter(max_streams)
         self.first_request_timeout_s = first_request_timeout_s
         self.idle_timeout_s = idle_timeout_s
         self.send_timeout_s = send_timeout_s
@@ -223,18 +226,20 @@ class _Service:
     async def _put_body(self, reader: ObjectReader, offset: int, end: int) -> None:
         """Send an object's bytes; what does not fill a slice waits for the next answer."""
         while offset < end:
-            room = SLICE_BYTES - len(self._output)
+            room = self._server.slice_bytes - len(self._output)
             if room <= 0:
                 await self._flush()
                 continue
             length = min(room, end - offset)
+            if self._server.limiter is not None:
+                await trio.to_thread.run_sync(
+                    self._server.limiter.take, self._peer_id, length, limiter=self._server.turns
+                )
             self._output += await trio.to_thread.run_sync(self._read, reader, offset, length)
             self._server.bytes_sent += length
             offset += length
 
     def _read(self, reader: ObjectReader, offset: int, length: int) -> bytearray:
-        if self._server.pace is not None:
-            self._server.pace(self._peer_id, length)
         data = bytearray(length)
         try:
             reader.read_into(offset, memoryview(data))

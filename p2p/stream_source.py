@@ -32,10 +32,19 @@ from tensorswarm.store.digest import CHUNK_SIZE, chunk_length
 from tensorswarm.store.errors import HashMismatch, LocalError, RemoteError
 
 from . import http1
-from .bulk_client import STALL_TIMEOUT_S, Busy, Closed, Denied, Stalled, Unreachable
+from .bulk_client import (
+    MIN_PIECE_BYTES,
+    STALL_TIMEOUT_S,
+    Busy,
+    Closed,
+    Denied,
+    Stalled,
+    Unreachable,
+)
 from .host import Stream
 from .peer_source import IDLE_CLOSE_S, MAX_QUEUED_REQUESTS, TooManyRequests
 from .ranges import Range, ranges_of
+from .rates import RateLimiter
 from .source import Failure, Outcome, Report, Request, Sink
 
 OPEN_TIMEOUT_S = 5.0
@@ -92,6 +101,8 @@ class StreamSource:
         Hears what became of everything.
     open_timeout_s, stall_timeout_s, idle_close_s : float, optional
         Seconds to open the stream, for any wait on the peer, and without work.
+    limiter : RateLimiter, optional
+        Holds what all sources receive together below a rate.
     """
 
     def __init__(
@@ -105,7 +116,10 @@ class StreamSource:
         open_timeout_s: float = OPEN_TIMEOUT_S,
         stall_timeout_s: float = STALL_TIMEOUT_S,
         idle_close_s: float = IDLE_CLOSE_S,
+        limiter: RateLimiter | None = None,
     ) -> None:
+        self._limiter = limiter
+        self._turns = trio.CapacityLimiter(1)
         self._source = source
         self._open_stream = open_stream
         self._sink = sink
@@ -318,7 +332,7 @@ class StreamSource:
             )
 
     async def _fill(self, stream: Stream, job: _Job, data: memoryview) -> None:
-        filled = 0
+        filled = reported = 0
         while filled < len(data):
             if not self._rest:
                 with trio.move_on_after(self._stall_timeout_s):
@@ -326,11 +340,23 @@ class StreamSource:
                 if not self._rest:
                     raise Stalled(f"nothing moved for {self._stall_timeout_s:g} s")
             piece = self._rest[: len(data) - filled]
+            if self._limiter is not None:
+                piece = piece[: self._limiter.slice_bytes]
+                await trio.to_thread.run_sync(
+                    self._limiter.take,
+                    self._source,
+                    len(piece),
+                    abandon_on_cancel=True,
+                    limiter=self._turns,
+                )
             data[filled : filled + len(piece)] = piece
             self._rest = self._rest[len(piece) :]
             filled += len(piece)
-            if not self._stopped:
-                self._report.progress(self._source, job.request.request_id, len(piece))
+            came = filled - reported
+            # A few bytes now and then are a stall, so the planner is not told of them.
+            if not self._stopped and (came >= MIN_PIECE_BYTES or filled == len(data)):
+                self._report.progress(self._source, job.request.request_id, came)
+                reported = filled
 
     async def _receive(self, stream: Stream) -> bytes:
         try:

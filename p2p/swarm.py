@@ -223,11 +223,17 @@ class Planner:
     # events: answers
 
     def progress(self, now: float, source: str, request_id: int, byte_count: int) -> None:
-        """Note payload bytes that arrived for a request, not verified yet."""
+        """Note payload bytes that arrived for a request, not verified yet.
+
+        None at all says that we keep the source waiting ourselves.
+        """
         state = self._sources.get(source)
-        if state is None or byte_count <= 0:
+        if state is None or byte_count < 0:
             return
         request = state.requests.get(request_id)
+        if not byte_count:
+            state.head_since = now
+            return
         if not state.has_spoken:
             self._check_at = min(self._check_at, now + self.limits.stall_s)
         if request is None:

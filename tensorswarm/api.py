@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tensorswarm.store.errors import BadInput, NotFound
 from tensorswarm.store.store import Store
@@ -28,6 +28,9 @@ DEFAULT_TIMEOUT_S = 30.0
 HOME_VARIABLE = "TENSORSWARM_HOME"
 
 Progress = Callable[[int, int], None]
+
+RateLimit: TypeAlias = float | str | None
+"""Bytes per second, a rate as people write it, or None for no limit."""
 
 
 def default_store() -> Path:
@@ -88,6 +91,8 @@ def fetch(
     include: Sequence[str] = (),
     out: str | Path | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
+    upload_limit: RateLimit = None,
+    download_limit: RateLimit = None,
 ) -> Path:
     """Fetch a model and return a folder with its files, bit for bit.
 
@@ -108,6 +113,8 @@ def fetch(
         The folder; by default one inside the store.
     timeout_s : float
         How long nothing may be found or arrive before giving up.
+    upload_limit, download_limit : float or str, optional
+        What is given and taken at most, in all: bytes per second, or such as ``"5MB/s"``.
 
     Raises
     ------
@@ -128,6 +135,8 @@ def fetch(
             include=include,
             out=folder,
             timeout_s=timeout_s,
+            upload_limit=upload_limit,
+            download_limit=download_limit,
         )
         opened.sync()
     return folder
@@ -141,6 +150,8 @@ def load(
     origins: Sequence[str] = (),
     include: Sequence[str] = (),
     timeout_s: float = DEFAULT_TIMEOUT_S,
+    upload_limit: RateLimit = None,
+    download_limit: RateLimit = None,
 ) -> dict[str, Array]:
     """Return a model's tensors as read-only numpy arrays, mapped and not copied.
 
@@ -174,6 +185,8 @@ def load(
                 origins=origins,
                 include=include,
                 timeout_s=timeout_s,
+                upload_limit=upload_limit,
+                download_limit=download_limit,
             )
             assert result.manifest is not None  # a model was asked for
             manifest = result.manifest
@@ -217,6 +230,8 @@ def fetch_into(
     out: Path | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
     on_progress: Progress | None = None,
+    upload_limit: RateLimit = None,
+    download_limit: RateLimit = None,
 ) -> FetchResult:
     """Fetch into an open store; starts a node for it only when something is missing.
 
@@ -227,8 +242,9 @@ def fetch_into(
     """
     result = local_result(store, ref, include)
     if result is None:
+        limits = (upload_limit, download_limit)
         result = _fetch_from_network(
-            store, ref, bootstrap, origins, include, first, timeout_s, on_progress
+            store, ref, bootstrap, origins, include, first, timeout_s, on_progress, limits
         )
     if out is not None:
         result.path = export_result(store, result, include, out)
@@ -257,6 +273,7 @@ def _fetch_from_network(
     first: Sequence[str],
     timeout_s: float,
     on_progress: Progress | None,
+    limits: tuple[RateLimit, RateLimit],
 ) -> FetchResult:
     import trio
 
@@ -274,7 +291,16 @@ def _fetch_from_network(
     peers = list(bootstrap) or running_node(store.root)
 
     async def main() -> Any:
-        async with one_error(), Node(store, bootstrap=peers, server=False) as node:
+        async with (
+            one_error(),
+            Node(
+                store,
+                bootstrap=peers,
+                server=False,
+                upload_limit=limits[0],
+                download_limit=limits[1],
+            ) as node,
+        ):
             return await node.fetch_digest(ref.digest, options, is_model=ref.kind is RefKind.MODEL)
 
     if ref.kind is RefKind.PATH:

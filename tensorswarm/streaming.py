@@ -20,7 +20,7 @@ from .api import DEFAULT_TIMEOUT_S, default_store, local_result
 from .refs import Ref, RefKind, parse_ref
 
 if TYPE_CHECKING:
-    from .api import Array
+    from .api import Array, RateLimit
 
 JOIN_TIMEOUT_S = 10.0
 """How long an abandoned stream waits for its download to end."""
@@ -38,6 +38,8 @@ def stream(
     include: Sequence[str] = (),
     first: Sequence[str] = (),
     timeout_s: float = DEFAULT_TIMEOUT_S,
+    upload_limit: RateLimit = None,
+    download_limit: RateLimit = None,
 ) -> Iterator[tuple[str, Array]]:
     """Fetch a model and give its tensors as they are proved, in the order asked.
 
@@ -45,7 +47,7 @@ def stream(
     ----------
     ref : str
         A model id.
-    store, bootstrap, origins, include, timeout_s
+    store, bootstrap, origins, include, timeout_s, upload_limit, download_limit
         As for `tensorswarm.fetch`.
     first : sequence of str
         Patterns of tensor names or file paths wanted first, in this order; the others
@@ -72,7 +74,10 @@ def stream(
             for tensor in tensors_in_order(manifest, select(manifest, include), first):
                 yield tensor.name, load_tensor(opened, manifest, tensor)
             return
-        with _fetching(opened, parsed, bootstrap, origins, include, first, timeout_s) as news:
+        limits = (upload_limit, download_limit)
+        with _fetching(
+            opened, parsed, bootstrap, origins, include, first, timeout_s, limits
+        ) as news:
             yield from _as_they_come(opened, news, include, first)
 
 
@@ -105,6 +110,7 @@ def _fetching(
     include: Sequence[str],
     first: Sequence[str],
     timeout_s: float,
+    limits: tuple[RateLimit, RateLimit],
 ) -> Iterator[queue.SimpleQueue[News]]:
     """Run the fetch in a thread of its own, for as long as the block lasts."""
     import trio
@@ -130,7 +136,16 @@ def _fetching(
     async def main() -> None:
         token.append(trio.lowlevel.current_trio_token())
         with scope:
-            async with one_error(), Node(store, bootstrap=peers, server=False) as node:
+            async with (
+                one_error(),
+                Node(
+                    store,
+                    bootstrap=peers,
+                    server=False,
+                    upload_limit=limits[0],
+                    download_limit=limits[1],
+                ) as node,
+            ):
                 await node.fetch_digest(ref.digest, options, is_model=True)
 
     def run() -> None:

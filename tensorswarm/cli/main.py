@@ -68,6 +68,16 @@ def port_number(text: str) -> int:
     return int(text)
 
 
+def rate(text: str) -> float:
+    """Read a rate in bytes per second for argparse."""
+    from tensorswarm.p2p.rates import parse_rate
+
+    try:
+        return parse_rate(text)
+    except BadInput as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def build_parser() -> Parser:
     """Return the parser of the whole command line."""
     parser = Parser(
@@ -147,6 +157,7 @@ def _add_network_commands(command: Callable[..., Parser], network: Parser) -> No
     sub.add_argument(
         "--http", metavar="HOST:PORT", help="serve the store's models over plain HTTP as well"
     )
+    _add_limits(sub)
     sub = command("fetch", commands.fetch, "fetch a model or a tensor", network)
     sub.add_argument("ref", metavar="REF")
     sub.add_argument(
@@ -165,6 +176,7 @@ def _add_network_commands(command: Callable[..., Parser], network: Parser) -> No
         help="these files or tensors before all others",
     )
     sub.add_argument("--out", type=Path, metavar="DIR", help="export the files there")
+    _add_limits(sub)
     _add_timeout(sub)
     sub = command("peers", commands.peers, "show the peers that can be reached", network)
     sub.add_argument("ref", nargs="?", metavar="REF", help="only peers that hold some of it")
@@ -203,6 +215,16 @@ def _add_include(sub: Parser) -> None:
         metavar="GLOB",
         help="only these files (by path) or tensors (by name)",
     )
+
+
+def _add_limits(sub: Parser) -> None:
+    for name, what in (("--upload-limit", "give to others"), ("--download-limit", "receive")):
+        sub.add_argument(
+            name,
+            type=rate,
+            metavar="RATE",
+            help=f"{what} at most so much in all: 5MB/s, 500k (bytes), 40Mbit (default: no limit)",
+        )
 
 
 def _add_timeout(sub: Parser) -> None:

@@ -39,6 +39,8 @@ def fetch(args: argparse.Namespace, output: Output) -> int:
                 include=args.include,
                 first=args.first,
                 timeout_s=args.timeout,
+                upload_limit=args.upload_limit,
+                download_limit=args.download_limit,
                 on_progress=show,
             )
         if args.out is not None:
@@ -94,9 +96,12 @@ def node(args: argparse.Namespace, output: Output) -> int:
                     listen=args.listen,
                     bootstrap=args.bootstrap,
                     bulk_port=args.bulk_port,
+                    upload_limit=args.upload_limit,
+                    download_limit=args.download_limit,
                 ) as running,
             ):
-                gateway = Gateway(running.store, args.http) if args.http else None
+                limiter = running.upload_limiter
+                gateway = Gateway(running.store, args.http, limiter) if args.http else None
                 if gateway is not None:
                     gateway.start()
                 try:

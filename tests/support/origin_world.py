@@ -169,7 +169,7 @@ class World:
         paths = sorted({place.path for place in PLACES.values()})
         urls = {path: file_url(origin, path, paths) for path in paths}
         # Times are far above what a slow machine needs; tests of time-outs set their own.
-        times = {"stall_timeout_s": WAIT_S, "chunk_timeout_s": WAIT_S, "max_pause_s": 0.0}
+        times = {"stall_timeout_s": WAIT_S, "progress_timeout_s": WAIT_S, "max_pause_s": 0.0}
         source = OriginSource(origin, PLACES, urls, self.sink, self.log, **(times | options))
         self._sources.append(source)
         return source

@@ -165,7 +165,7 @@ def test_close_and_deadline_reach_a_thread_inside_tls(
 ) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
     secure.fault("model.bin", fault)
-    end = world.ask(world.source(secure.url, chunk_timeout_s=0.2), HEAD)
+    end = world.ask(world.source(secure.url, progress_timeout_s=0.2), HEAD)
     assert (end.failure, "too slow" in end.detail) == (Failure.STALLED, True)
 
     asked = threading.Event()

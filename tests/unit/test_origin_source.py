@@ -248,7 +248,7 @@ def test_silent_server_is_stalled(world: World, fault: faults.Fault) -> None:
 )
 def test_trickle_has_a_deadline(world: World, fault: faults.Fault) -> None:
     world.server.fault("model.bin", fault)
-    source = world.source(chunk_timeout_s=0.2, connections=1)
+    source = world.source(progress_timeout_s=0.2, connections=1)
     end = world.ask(source, HEAD)
     assert (end.failure, "too slow" in end.detail) == (Failure.STALLED, True)
     # A cut connection does not spoil the next one; a slow machine may need some tries.
@@ -258,7 +258,7 @@ def test_trickle_has_a_deadline(world: World, fault: faults.Fault) -> None:
 
 def test_body_of_an_error_is_not_waited_for(world: World) -> None:
     world.server.fault("model.bin", faults.status(404, Content_Length="9"))
-    end = world.ask(world.source(chunk_timeout_s=0.1), HEAD)
+    end = world.ask(world.source(progress_timeout_s=0.1), HEAD)
     assert end.failure is Failure.LACKS
 
 
