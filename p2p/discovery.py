@@ -74,6 +74,10 @@ MAX_DEAD = 1_000
 REFRESH_S = 600.0
 """How often the routing table is refreshed (specification: 10 minutes), in seconds."""
 
+LEAST_REFRESH_S = 30.0
+"""Shortest time between two such refreshes. A node that was not known before causes one:
+it may belong to a network that did not know of ours."""
+
 DEFAULT_PROVIDERS = 200
 """Providers a search ends with, unless told otherwise. Far more than the 20 of one
 answer: whoever came first under a key need not be whoever has the bytes."""
@@ -153,7 +157,8 @@ class Discovery:
         self._publisher = Publisher(
             host, self._known_nodes, self._find_nodes, clock=clock, rng=rng, file=file
         )
-        self._dht.on_node = self._publisher.node_has_come
+        self._dht.on_node = self._node_has_come
+        self._newcomers = trio.Event()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep the routing table fresh and our keys announced, until cancelled."""
@@ -161,12 +166,19 @@ class Discovery:
             nursery.start_soon(self._publisher.run)
             task_status.started()
             while True:
-                await trio.sleep(REFRESH_S)
+                await trio.sleep(LEAST_REFRESH_S)
+                with trio.move_on_after(REFRESH_S - LEAST_REFRESH_S):
+                    await self._newcomers.wait()
+                self._newcomers = trio.Event()
                 self._dht.records.expire()
                 await self._dht.records.settle()
                 self._dht.value_store.cleanup_expired()
                 for key in (ID.from_string(self._host.peer_id).to_bytes(), _random_peer_id()):
                     await self._find_nodes(key)
+
+    def _node_has_come(self, node: str) -> None:
+        self._publisher.node_has_come(node)
+        self._newcomers.set()
 
     @property
     def dht(self) -> GuardedDht:

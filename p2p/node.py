@@ -24,15 +24,17 @@ from tensorswarm.store.store import Store
 from tensorswarm.store.version import VERSION
 
 from . import wire, wire_limits
-from .addresses import PeerAddress, is_loopback, parse_peer_address, tcp_host
+from .addresses import PeerAddress, is_loopback, tcp_host
 from .announcer import Announcer
 from .answers import Answers
+from .bootstrap import Bootstrapper, Bootstraps
 from .bulk_server import BulkServer
 from .dht_file import FILE_NAME, DhtFile
 from .discovery import Discovery
 from .fetch import Fetch, FetchOptions, Progress
 from .host import Host
 from .identity import identity_for
+from .mdns import Mdns
 from .neighbours import Neighbours
 from .node_state import remove_state, write_state
 from .rates import limiter_of
@@ -46,9 +48,6 @@ DEFAULT_LISTEN = "/ip4/0.0.0.0/tcp/0"
 """Every IPv4 interface, any free port."""
 
 LOOPBACK_LISTEN = "/ip4/127.0.0.1/tcp/0"
-
-BOOTSTRAP_PAUSES_S = (1.0, 2.0, 5.0, 15.0, 60.0)
-"""Pauses between attempts to reach the bootstrap peers; then the last one repeats."""
 
 STATE_INTERVAL_S = 2.0
 """How often the file that tells of a running node is written anew."""
@@ -67,12 +66,16 @@ class Node:
         Addresses to listen on: multiaddrs or ``host:port``. Without any, every IPv4
         interface; only loopback when all bootstrap peers are on loopback.
     bootstrap : sequence of str
-        Addresses of peers to begin with, ending in ``/p2p/<peer id>``.
+        Addresses of peers to begin with, ending in ``/p2p/<peer id>``, and names of
+        such addresses in DNS, ``/dnsaddr/<name>``.
     bulk_port : int
         TCP port of the bulk plane, on the same interfaces; 0 for any free one.
     server : bool
         Whether to keep DHT records for others and to announce the store. A short
         fetch does neither.
+    mdns : bool, optional
+        Whether to look for peers on the local network, and as a server to be found
+        there. By default a server does that listens on more than loopback.
     seed : int, optional
         Seed of all random choices; from the system by default.
     upload_limit, download_limit : float or str, optional
@@ -101,13 +104,15 @@ class Node:
         bootstrap: Sequence[str] = (),
         bulk_port: int = 0,
         server: bool = True,
+        mdns: bool | None = None,
         seed: int | None = None,
         upload_limit: float | str | None = None,
         download_limit: float | str | None = None,
     ) -> None:
         self._given_store = store
-        self._bootstrap = [parse_peer_address(text) for text in bootstrap]
-        self._listen = tuple(listen) or (_default_listen(self._bootstrap),)
+        self._bootstraps = Bootstraps(bootstrap)
+        self._listen = tuple(listen) or (_default_listen(self._bootstraps),)
+        self._mdns = mdns
         self._bulk_port = bulk_port
         self._server = server
         self._rng = random.Random(seed)
@@ -179,20 +184,27 @@ class Node:
             self._host.start_soon,
             limiter=self.download_limiter,
         )
-        self._dht_file = None
-        if lock is not None and self._server:
+        file = None
+        if lock is not None:
             path = self.store.root / FILE_NAME
-            self._dht_file = await trio.to_thread.run_sync(DhtFile, path)
-            stack.callback(self._dht_file.close)
+            file = await trio.to_thread.run_sync(DhtFile, path)
+            stack.callback(file.close)
         self.discovery = Discovery(
-            self._host, server=self._server, rng=self._rng, file=self._dht_file
+            self._host, server=self._server, rng=self._rng, file=file if self._server else None
         )
         self._nursery = await stack.enter_async_context(trio.open_nursery())
         stack.callback(self._nursery.cancel_scope.cancel)
         await self._nursery.start(self.discovery.run)
         await self._nursery.start(self.neighbours.run)
-        if self._bootstrap:
-            self._nursery.start_soon(self._keep_bootstrapped)
+        bootstrapper = Bootstrapper(
+            self._host,
+            self.discovery,
+            self.neighbours,
+            self._bootstraps,
+            file=file,
+            mdns=self._local_discovery(),
+        )
+        self._nursery.start_soon(bootstrapper.run)
         if self._server:
             announcer = Announcer(self.store, self.discovery, self.neighbours, log.info)
             self._nursery.start_soon(announcer.run)
@@ -201,28 +213,18 @@ class Node:
             stack.callback(remove_state, self.store.root)
             self._nursery.start_soon(self._keep_state)
 
+    def _local_discovery(self) -> Mdns | None:
+        addrs = self._host.advertised_addrs()
+        is_near_only = all(is_loopback(addr) for addr in addrs)
+        if not (self._server and not is_near_only if self._mdns is None else self._mdns):
+            return None
+        return Mdns(self.peer_id, addrs if self._server else ())
+
     def _hello(self) -> wire.Hello:
         _, port = self._bulk.address
         addrs = self._host.addrs()[: wire_limits.MAX_HELLO_ADDRS]
         bulk = bulk_told(self._host.advertised_addrs(), port)
         return wire.Hello(wire_limits.PROTOCOL_VERSION, f"tensorswarm/{VERSION}", bulk, addrs, ())
-
-    async def _keep_bootstrapped(self) -> None:
-        """Meet the bootstrap peers, and meet them again when they are lost."""
-        attempt = 0
-        while True:
-            outcome = await self.discovery.bootstrap(
-                [f"{peer.addrs[0]}/p2p/{peer.peer_id}" for peer in self._bootstrap]
-            )
-            for address, reason in outcome.failed.items():
-                log.warning("bootstrap peer %s: %s", address, reason)
-            for peer in self._bootstrap:
-                try:
-                    await self.neighbours.meet(peer)
-                except RemoteError as error:
-                    log.info("bootstrap peer %s is no neighbour: %s", peer.peer_id, error)
-            attempt = 0 if not outcome.failed else attempt + 1
-            await trio.sleep(BOOTSTRAP_PAUSES_S[min(attempt, len(BOOTSTRAP_PAUSES_S) - 1)])
 
     # ---- what others on this machine may know
 
@@ -306,7 +308,7 @@ class Node:
             self.neighbours,
             self.discovery,
             self._routes,
-            self._bootstrap,
+            self._bootstraps.peers,
             self._rng,
             self.download_limiter,
         )
@@ -320,7 +322,8 @@ class Node:
 
     async def meet_bootstrap(self, timeout_s: float) -> dict[str, str]:
         """Meet the bootstrap peers once; return why some could not be met, by address."""
-        failed: dict[str, str] = {}
+        await self._bootstraps.resolve()
+        failed = dict(self._bootstraps.failures)
 
         async def meet(peer: PeerAddress) -> None:
             try:
@@ -329,7 +332,7 @@ class Node:
                 failed[f"{peer.addrs[0]}/p2p/{peer.peer_id}"] = str(error)
 
         async with trio.open_nursery() as nursery:
-            for peer in self._bootstrap:
+            for peer in self._bootstraps.peers:
                 nursery.start_soon(meet, peer)
         return failed
 
@@ -350,10 +353,8 @@ def _leaves(error: BaseException) -> list[BaseException]:
     return [leaf for inner in error.exceptions for leaf in _leaves(inner)]
 
 
-def _default_listen(bootstrap: Sequence[PeerAddress]) -> str:
-    if bootstrap and all(is_loopback(addr) for peer in bootstrap for addr in peer.addrs):
-        return LOOPBACK_LISTEN
-    return DEFAULT_LISTEN
+def _default_listen(bootstraps: Bootstraps) -> str:
+    return LOOPBACK_LISTEN if bootstraps.all_on_loopback() else DEFAULT_LISTEN
 
 
 def _bulk_host(addrs: Sequence[str]) -> str:

@@ -56,7 +56,7 @@ class Search:
     ) -> None:
         self._neighbours = neighbours
         self._discovery = discovery
-        self._bootstrap = list(bootstrap)
+        self._bootstrap = bootstrap  # grows when names are looked up
         self._tried_at: dict[str, float] = {}
         self._dials = trio.CapacityLimiter(MAX_PARALLEL_DIALS)
         self.failures: dict[str, str] = {}

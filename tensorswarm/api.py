@@ -232,8 +232,11 @@ def fetch_into(
     on_progress: Progress | None = None,
     upload_limit: RateLimit = None,
     download_limit: RateLimit = None,
+    mdns: bool = True,
 ) -> FetchResult:
     """Fetch into an open store; starts a node for it only when something is missing.
+
+    With `mdns`, a fetch that knows neither peers nor origins asks the local network.
 
     Raises
     ------
@@ -244,7 +247,16 @@ def fetch_into(
     if result is None:
         limits = (upload_limit, download_limit)
         result = _fetch_from_network(
-            store, ref, bootstrap, origins, include, first, timeout_s, on_progress, limits
+            store,
+            ref,
+            bootstrap,
+            origins,
+            include,
+            first,
+            timeout_s,
+            on_progress,
+            limits,
+            mdns,
         )
     if out is not None:
         result.path = export_result(store, result, include, out)
@@ -274,6 +286,7 @@ def _fetch_from_network(
     timeout_s: float,
     on_progress: Progress | None,
     limits: tuple[RateLimit, RateLimit],
+    mdns: bool,
 ) -> FetchResult:
     import trio
 
@@ -289,6 +302,7 @@ def _fetch_from_network(
         on_progress=on_progress or (lambda done, total: None),
     )
     peers = list(bootstrap) or running_node(store.root)
+    mdns = mdns and not peers and not origins
 
     async def main() -> Any:
         async with (
@@ -297,6 +311,7 @@ def _fetch_from_network(
                 store,
                 bootstrap=peers,
                 server=False,
+                mdns=mdns,
                 upload_limit=limits[0],
                 download_limit=limits[1],
             ) as node,

@@ -100,8 +100,14 @@ def build_parser() -> Parser:
         action="append",
         default=[],
         metavar="ADDR",
-        help="a peer to begin with, /ip4/…/tcp/…/p2p/…, or @FILE with one a line "
-        "(default: the node that runs on this store)",
+        help="a peer to begin with, /ip4/…/tcp/…/p2p/…, a name in DNS, /dnsaddr/…, or "
+        "@FILE with one a line (default: the node that runs on this store)",
+    )
+    network.add_argument(
+        "--no-mdns",
+        dest="mdns",
+        action="store_false",
+        help="don't look for peers on the local network, nor be found there",
     )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 

@@ -42,6 +42,7 @@ def fetch(args: argparse.Namespace, output: Output) -> int:
                 upload_limit=args.upload_limit,
                 download_limit=args.download_limit,
                 on_progress=show,
+                mdns=args.mdns,
             )
         if args.out is not None:
             result.path = export_result(store, result, args.include, args.out)
@@ -98,6 +99,7 @@ def node(args: argparse.Namespace, output: Output) -> int:
                     bulk_port=args.bulk_port,
                     upload_limit=args.upload_limit,
                     download_limit=args.download_limit,
+                    mdns=None if args.mdns else False,
                 ) as running,
             ):
                 limiter = running.upload_limiter
