@@ -96,7 +96,7 @@ def recover(objects: WholeObjects) -> None:
         for file in objects.adopted.all():
             _check_adopted(objects, file)
         objects.place.clear_tmp()
-        _clear_partials(objects)
+        clear_partials(objects)
 
 
 def _check_suspects(objects: WholeObjects) -> None:
@@ -198,8 +198,8 @@ def _note_again(
     return operation
 
 
-def _clear_partials(objects: WholeObjects) -> None:
-    """Remove what was received in part of objects that are whole by now."""
+def clear_partials(objects: WholeObjects) -> None:
+    """Remove parts of objects that are whole by now, and notes on parts that are gone."""
     files = list(objects.place.partial_files())
     whole = objects.records([digest for _, digest in files])
     for path, digest in files:

@@ -334,7 +334,7 @@ class WholeObjects:
         """Drop objects from the index, and their own files from the disk."""
         for start in range(0, len(digests), FORGET_BATCH):
             part = digests[start : start + FORGET_BATCH]
-            self.index.write(functools.partial(self._drop, digests=part))
+            self.index.write(functools.partial(self.drop, digests=part))
 
     def undo(self, added_by: str, attempted: Sequence[bytes]) -> None:
         """Drop what an `add` put in and nobody else has come to rely on.
@@ -355,7 +355,7 @@ class WholeObjects:
                 "LIMIT ?",
                 (added_by, FORGET_BATCH),
             ).fetchall()
-            self._drop(db, [row[0] for row in rows])
+            self.drop(db, [row[0] for row in rows])
             return len(rows)
 
         while self.index.write(portion):
@@ -364,7 +364,8 @@ class WholeObjects:
             part = attempted[start : start + FORGET_BATCH]
             self.index.write(functools.partial(self._remove_orphans, digests=part))
 
-    def _drop(self, db: sqlite3.Connection, digests: Sequence[bytes]) -> None:
+    def drop(self, db: sqlite3.Connection, digests: Sequence[bytes]) -> None:
+        """Drop objects and their own files, inside a transaction."""
         db.executemany("DELETE FROM objects WHERE digest=?", [(digest,) for digest in digests])
         drop_unused_files(db)
         for digest in digests:

@@ -128,6 +128,12 @@ class Place:
         stat = os.statvfs(self.root)
         return stat.f_bavail * stat.f_frsize
 
+    def living_sessions(self) -> set[str]:
+        """Return the sessions, of all processes, that have not ended."""
+        self.clear_tmp()
+        names = (path.name for path in self.tmp.iterdir())
+        return {name.removesuffix(_LOCK_SUFFIX) for name in names if name.endswith(_LOCK_SUFFIX)}
+
     def clear_tmp(self) -> None:
         """Remove the temporary files of sessions that ended without removing them."""
         names = [path.name for path in self.tmp.iterdir()]

@@ -169,6 +169,10 @@ class Store(WholeObjects):
         """Do as `receive` does, for many objects: the index is asked once for all."""
         return self._receiver.receive(wanted)
 
+    def is_receiving(self, digest: bytes) -> bool:
+        """Tell whether a larger object is being received in this process."""
+        return self._receiver.current(digest) is not None
+
     def forget(self, digests: Sequence[bytes]) -> None:
         """Drop objects from the index, and their own files from the disk."""
         with self._manifests_lock:

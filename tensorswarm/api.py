@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tensorswarm.store.errors import BadInput, NotFound
 from tensorswarm.store.store import Store
+from tensorswarm.store.upkeep import EXPORTS
 
 from .refs import Ref, RefKind, parse_ref
 
@@ -125,7 +126,7 @@ def fetch(
     if parsed.kind is RefKind.PATH:
         return parsed.path
     root = Path(store or default_store())
-    folder = Path(out) if out is not None else root / "exports" / ref
+    folder = Path(out) if out is not None else root / EXPORTS / ref
     with Store(root) as opened:
         fetch_into(
             opened,

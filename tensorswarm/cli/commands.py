@@ -14,6 +14,7 @@ from tensorswarm.store.digest import chunk_count
 from tensorswarm.store.errors import BadInput, HashMismatch, NotFound, StoreDamaged
 from tensorswarm.store.manifest import Manifest
 from tensorswarm.store.store import Store
+from tensorswarm.store.upkeep import pins
 
 from ..refs import Ref, RefKind, parse_ref
 from .network import fetch, node, peers
@@ -61,8 +62,12 @@ def add(args: argparse.Namespace, output: Output) -> int:
 def ls(args: argparse.Namespace, output: Output) -> int:
     """List the models in the store."""
     with Store(args.store) as store:
+        kept = pins(store)
         models = [
-            _model_document(store, record.digest, record.name, manifest)
+            {
+                **_model_document(store, record.digest, record.name, manifest),
+                "pinned": record.digest in kept,
+            }
             for record in store.models()
             if (manifest := store.manifest(record.digest)) is not None
         ]
@@ -78,11 +83,12 @@ def ls(args: argparse.Namespace, output: Output) -> int:
                 str(model["tensors"]),
                 human_bytes(model["bytes"]),
                 "all" if model["complete"] else human_bytes(model["bytes_local"]),
+                "pinned" if model["pinned"] else "",
                 str(model["model"]),
             ]
             for model in models
         ]
-        output.table(["name", "files ", "tensors ", "size ", "here ", "model"], rows)
+        output.table(["name", "files ", "tensors ", "size ", "here ", "", "model"], rows)
 
     output.result({"store": str(args.store), "models": models}, text)
     return 0

@@ -24,7 +24,7 @@ from tensorswarm.store.errors import BadInput, TensorswarmError
 from tensorswarm.store.version import VERSION
 
 from ..api import DEFAULT_TIMEOUT_S, default_store
-from . import commands
+from . import commands, upkeep
 from .output import Output
 from .simulate import simulate
 
@@ -119,6 +119,7 @@ def build_parser() -> Parser:
         return sub
 
     _add_local_commands(command)
+    _add_upkeep_commands(command)
     _add_network_commands(command, network)
     _add_simulation_command(command)
     return parser
@@ -141,6 +142,17 @@ def _add_local_commands(command: Callable[..., Parser]) -> None:
     sub.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="where to write them")
     sub.add_argument("--out", type=Path, metavar="DIR", help="the same as DIR")
     _add_include(sub)
+
+
+def _add_upkeep_commands(command: Callable[..., Parser]) -> None:
+    sub = command("rm", upkeep.rm, "remove models, and what no other model needs")
+    sub.add_argument("refs", nargs="+", metavar="REF", help="model ids")
+    sub = command("pin", upkeep.pin, "keep models and tensors: rm refuses them, gc leaves them")
+    sub.add_argument("refs", nargs="+", metavar="REF", help="ids of models and tensors")
+    sub = command("unpin", upkeep.unpin, "take pins away again")
+    sub.add_argument("refs", nargs="+", metavar="REF", help="ids of models and tensors")
+    sub = command("gc", upkeep.gc, "drop what no model and no pin needs")
+    sub.add_argument("--dry-run", action="store_true", help="only say what would be dropped")
 
 
 def _add_network_commands(command: Callable[..., Parser], network: Parser) -> None:

@@ -271,3 +271,21 @@ def test_weights_file_is_what_it_was(processes: Processes, small: Model, tmp_pat
     assert result.document["files"] == 1
     wanted = sha256_of_files(small.folder)[WEIGHTS]
     assert sha256_of_files(tmp_path / "out") == {WEIGHTS: wanted}
+
+
+def test_models_are_pinned_removed_and_collected(
+    processes: Processes, small: Model, tmp_path: Path
+) -> None:
+    """rm frees what no other model needs; a pin stands in its way; gc finds nothing more."""
+    store = copy_of(small, tmp_path / "store")
+    assert processes.run("pin", small.id, "--store", store).exit_code == 0
+    assert processes.run("ls", "--store", store, "--json").document["models"][0]["pinned"]
+    assert_one_error(processes.run("rm", small.id, "--store", store, "--json"), 2)
+    assert_one_error(processes.run("rm", "/no/such/path", "--store", store, "--json"), 2)
+    processes.run("unpin", small.id, "--store", store)
+    removed = processes.run("rm", small.id, "--store", store, "--json").document
+    assert removed["removed"] == [small.id]
+    assert removed["bytes_freed"] >= small.size_bytes
+    assert processes.run("ls", "--store", store, "--json").document["models"] == []
+    assert processes.run("gc", "--store", store, "--json").document["objects"] == 0
+    assert_one_error(processes.run("rm", small.id, "--store", store, "--json"), 3)
