@@ -16,10 +16,13 @@ import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import BaseServer
+from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
+from tensorswarm.store.checking import iterate_part
 from tensorswarm.store.cid import MODEL_CODEC, parse_reference
 from tensorswarm.store.errors import BadInput, TensorswarmError
+from tensorswarm.store.manifest import Manifest
 from tensorswarm.store.store import Store
 from tensorswarm.store.version import VERSION
 
@@ -84,6 +87,15 @@ class Gateway:
         self._server.server_close()
 
 
+class _Part(NamedTuple):
+    """A part of what is sent; with a manifest it may be one that a recipe makes."""
+
+    digest: bytes
+    size_bytes: int
+    manifest: Manifest | None = None
+    place: int = 0
+
+
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
@@ -142,7 +154,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not parts:
             self.send_error(HTTPStatus.NOT_FOUND)
             return
-        size = sum(length for _, length in parts)
+        size = sum(part.size_bytes for part in parts)
         start, stop = 0, size
         header = self.headers.get("Range")
         if header is not None:
@@ -164,31 +176,52 @@ class _Handler(BaseHTTPRequestHandler):
         if with_body:
             self._send(parts, start, stop)
 
-    def _parts(self) -> list[tuple[bytes, int]] | None:
-        """Return the objects that make up what is asked for: digests and sizes."""
+    def _parts(self) -> list[_Part] | None:
+        """Return what makes up what is asked for."""
         _, kind, name, *rest = [*urlsplit(self.path).path.split("/", 3), "", ""]
         reference = parse_reference(unquote(name))
         if kind == "tensor" and not rest[0]:
             record = self._store.records([reference.digest]).get(reference.digest)
-            return None if record is None else [(record.digest, record.size_bytes)]
+            return None if record is None else [_Part(record.digest, record.size_bytes)]
         if kind != "model" or reference.codec != MODEL_CODEC:
             return None
         manifest = self._store.manifest(reference.digest)
         if manifest is None:
             return None
         file = manifest.file_by_path.get(unquote(rest[0], errors="strict"))
-        if file is None or self._store.missing_objects(manifest, set(file.parts)):
+        if file is None or self._store.missing_objects(manifest, manifest.objects_of(file.parts)):
             return None
-        return [(manifest.objects[i].digest, manifest.objects[i].size_bytes) for i in file.parts]
+        return [_Part(manifest.digest_of(i), manifest.size_of(i), manifest, i) for i in file.parts]
 
-    def _send(self, parts: list[tuple[bytes, int]], start: int, stop: int) -> None:
+    def _send(self, parts: list[_Part], start: int, stop: int) -> None:
         buffer = memoryview(bytearray(BUFFER_SIZE))
         position = 0
-        for digest, size in parts:
-            first, last = max(start, position), min(stop, position + size)
-            if first < last:
-                self._send_object(digest, first - position, last - position, buffer)
-            position += size
+        for part in parts:
+            end = position + part.size_bytes
+            first, last = max(start, position), min(stop, end)
+            if first < last and part.manifest is not None and part.manifest.recipe(part.place):
+                self._send_made(part.manifest, part.place, first - position, last - position)
+            elif first < last:
+                self._send_object(part.digest, first - position, last - position, buffer)
+            position = end
+
+    def _send_made(self, manifest: Manifest, index: int, start: int, stop: int) -> None:
+        """Send a range of what a recipe makes: made from the beginning, as it has to be.
+
+        It is made once before, to verify it: a recipe is the word of who made the manifest.
+        """
+        position = 0
+        try:
+            for _ in iterate_part(self._store, manifest, index):
+                pass
+            for block in iterate_part(self._store, manifest, index):
+                self.wfile.write(block[max(0, start - position) : max(0, stop - position)])
+                position += len(block)
+                if position >= stop:
+                    return
+        except (OSError, TensorswarmError):
+            self.close_connection = True
+            raise
 
     def _send_object(self, digest: bytes, start: int, stop: int, buffer: memoryview) -> None:
         reader = self._store.open_reader(digest)

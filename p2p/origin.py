@@ -97,12 +97,17 @@ def locate_objects(manifest: Manifest) -> dict[int, FileRange]:
     Returns
     -------
     dict[int, FileRange]
-        By index in ``manifest.objects``. An object that is in no file is absent.
+        By index in ``manifest.objects``. An object that is in no file, or only in a
+        form that it would have to be decoded from, is absent.
     """
     places: dict[int, FileRange] = {}
+    count = len(manifest.objects)
     for entry in manifest.files:
         offset = 0
         for index in entry.parts:
+            if index >= count:
+                offset += manifest.recipes[index - count].size_bytes
+                continue
             places.setdefault(index, FileRange(entry.path, entry.size_bytes, offset))
             offset += manifest.objects[index].size_bytes
     return places

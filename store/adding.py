@@ -133,8 +133,19 @@ class Adding:
         operation = self._staged_operation(added_by=None)
         return self._store.put_complete(manifest, name, self.name, operation)
 
-    def take(self, descriptor: int, offset: int, size_bytes: int) -> ObjectRef:
+    def take(
+        self, descriptor: int, offset: int, size_bytes: int, *, own: bool = False
+    ) -> ObjectRef:
         """Put a range of an open file into the store, unless it is there.
+
+        Parameters
+        ----------
+        descriptor : int
+            The file.
+        offset, size_bytes : int
+            The range.
+        own : bool
+            Whether the file is a temporary one of ours, which is copied in any case.
 
         Raises
         ------
@@ -143,41 +154,42 @@ class Adding:
         NoRoom, LocalError
             The store does not take it.
         """
+        copy = self._copy or own
         if size_bytes <= COPY_BUFFER_SIZE:
             view = self._hasher.read_small(descriptor, offset, size_bytes)
             digest = digest_of(view)
-            ref = self._refs.get(digest) or self._take_small(view, digest, offset)
+            ref = self._refs.get(digest) or self._take_small(view, digest, offset, copy)
         else:
-            ref = self._take_large(descriptor, offset, size_bytes)
+            ref = self._take_large(descriptor, offset, size_bytes, copy)
         self._refs[ref.digest] = ref
         self._progress(size_bytes)
         return ref
 
-    def _take_small(self, view: memoryview, digest: bytes, offset: int) -> ObjectRef:
+    def _take_small(self, view: memoryview, digest: bytes, offset: int, copy: bool) -> ObjectRef:
         chunk_list = chunk_digests(view) if len(view) > CHUNK_SIZE else b""
         new = self._new_object(digest, len(view), chunk_list)
         if len(view) <= INLINE_LIMIT:
             self._put_later(new, view)
         elif not self._is_here(new, chunk_list):
             self._new[digest] = len(view)
-            if self._copy:
+            if copy:
                 self._attempted.append(digest)
                 self._await(self._store.keep_bytes(new, view, chunk_list))
             else:
                 self._ranges.append(AdoptedRange(new, offset, chunk_list))
         return ObjectRef(digest, len(view), new.chunk_list)
 
-    def _take_large(self, descriptor: int, offset: int, size_bytes: int) -> ObjectRef:
+    def _take_large(self, descriptor: int, offset: int, size_bytes: int, copy: bool) -> ObjectRef:
         head = head_of(digest_of(self._hasher.read_small(descriptor, offset, CHUNK_SIZE)), b"")
         may_be_known = head in self._heads or self._store.may_have(head)
         self._heads.add(head)
-        if may_be_known or not self._copy:
+        if may_be_known or not copy:
             digest, chunk_list = self._hasher.scan(descriptor, offset, size_bytes)
             new = self._new_object(digest, size_bytes, chunk_list)
             ref = ObjectRef(digest, size_bytes, new.chunk_list)
             if self._is_here(new, chunk_list):
                 return ref
-            if not self._copy:
+            if not copy:
                 self._new[digest] = size_bytes
                 self._ranges.append(AdoptedRange(new, offset, chunk_list))
                 return ref

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 from blake3 import blake3
 
-from .errors import StoreDamaged
+from .errors import BadInput, StoreDamaged
+from .manifest import Manifest, Recipe
 from .place import COPY_BUFFER_SIZE
+from .reader import ObjectReader
+from .recipes import Bytes, Input, make
 from .store import Store
 
 
@@ -41,6 +45,61 @@ def iterate_object(store: Store, digest: bytes) -> Iterator[memoryview]:
         reader.close()
     if hasher.digest() != digest:
         raise StoreDamaged(f"tensor {digest.hex()}: the bytes on disk do not match its digest")
+
+
+def iterate_part(store: Store, manifest: Manifest, index: int) -> Iterator[memoryview]:
+    """Yield the bytes of an object or, beyond the last one, of what a recipe makes.
+
+    Raises
+    ------
+    StoreDamaged
+        As for `iterate_object`; or what a recipe made is not what its digest names.
+    """
+    recipe = manifest.recipe(index)
+    if recipe is None:
+        yield from iterate_object(store, manifest.objects[index].digest)
+    else:
+        yield from _iterate_recipe(store, manifest, recipe)
+
+
+def _iterate_recipe(store: Store, manifest: Manifest, recipe: Recipe) -> Iterator[memoryview]:
+    hasher = blake3(max_threads=blake3.AUTO)
+    size = 0
+    with contextlib.ExitStack() as stack:
+        inputs = []
+        for index in recipe.inputs:
+            digest = manifest.objects[index].digest
+            reader = store.open_whole(digest)
+            if reader is None:
+                raise StoreDamaged(f"tensor {digest.hex()} is not in the store")
+            stack.callback(reader.close)
+            inputs.append(input_of(reader))
+        try:
+            for block in make(recipe.kind, recipe.parameters, inputs, recipe.size_bytes):
+                size += len(block)
+                if size > recipe.size_bytes:
+                    break
+                hasher.update(block)
+                yield memoryview(block)
+        except OSError as error:
+            raise StoreDamaged(f"a tensor cannot be read: {error.strerror or error}") from error
+        except BadInput as error:
+            raise StoreDamaged(f"part {recipe.digest.hex()} cannot be made: {error}") from error
+    if size != recipe.size_bytes or hasher.digest() != recipe.digest:
+        raise StoreDamaged(
+            f"part {recipe.digest.hex()}: {recipe.kind} did not make the bytes its digest names"
+        )
+
+
+def input_of(reader: ObjectReader) -> Input:
+    """Return an open object as a recipe's input."""
+
+    def read_at(offset: int, length: int) -> Bytes:
+        data = memoryview(bytearray(length))
+        reader.read_into(offset, data)
+        return data
+
+    return Input(reader.size_bytes, read_at)
 
 
 def check_object(store: Store, digest: bytes) -> int:

@@ -5,11 +5,16 @@ The names are those of safetensors (``Dtype`` in its reference implementation,
 tensor's bytes are little-endian, in C order, without padding; elements narrower
 than a byte are packed, and a tensor of them must fill whole bytes.
 
+Types that safetensors does not know have *opaque* names, which say how much room they
+take and nothing else: ``Q4_K[256:144]`` packs 256 elements into 144 bytes. So a node can
+carry quantised weights of kinds that were made up after it was written.
+
 ``numpy`` and ``ml_dtypes`` are imported only when somebody asks for an array.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +50,9 @@ DTYPE_BITS: dict[str, int] = {
     "U64": 64,
 }
 """Width of one element in bits, by name."""
+
+_OPAQUE = re.compile(r"[A-Z][A-Z0-9_]{0,23}\[([1-9][0-9]{0,5}):([1-9][0-9]{0,5})\]")
+"""Name, elements in a block, bytes of a block."""
 
 MAX_DIMENSIONS = 32
 """Most dimensions of a tensor: numpy's own limit before version 2 (``NPY_MAXDIMS``)."""
@@ -83,7 +91,7 @@ def tensor_size_bytes(dtype: str, shape: Sequence[int]) -> int:
     Parameters
     ----------
     dtype : str
-        A name from ``DTYPE_BITS``.
+        A name from ``DTYPE_BITS``, or an opaque one.
     shape : sequence of int
         The length of each dimension; empty for a scalar, zeros allowed.
 
@@ -95,16 +103,14 @@ def tensor_size_bytes(dtype: str, shape: Sequence[int]) -> int:
         a byte. A zero does not excuse other dimensions that are too large:
         numpy could not make such an array.
     """
-    bits = DTYPE_BITS.get(dtype)
-    if bits is None:
-        raise BadInput(f"unknown dtype {quoted(dtype)}")
+    block, bits = block_of(dtype)
     if len(shape) > MAX_DIMENSIONS:
         raise BadInput(f"a tensor of {len(shape)} dimensions, at most {MAX_DIMENSIONS}")
     empty = False
     for length in shape:
         if length > 0:
             bits *= length
-            if bits > _MAX_BITS:
+            if bits > _MAX_BITS * block:
                 raise BadInput(f"a tensor larger than {MAX_OBJECT_SIZE} bytes")
         elif length == 0:
             empty = True
@@ -112,9 +118,27 @@ def tensor_size_bytes(dtype: str, shape: Sequence[int]) -> int:
             raise BadInput("a tensor with a negative dimension")
     if empty:
         return 0
-    if bits % 8:
-        raise BadInput(f"a {dtype} tensor of {bits} bits, which are not whole bytes")
-    return bits // 8
+    if bits % (8 * block):
+        what = "bytes" if block == 1 else "blocks"
+        raise BadInput(f"a {dtype} tensor of {bits // block} bits, which are not whole {what}")
+    return bits // (8 * block)
+
+
+def block_of(dtype: str) -> tuple[int, int]:
+    """Return how many elements are packed together, and into how many bits.
+
+    Raises
+    ------
+    BadInput
+        The type is unknown.
+    """
+    bits = DTYPE_BITS.get(dtype)
+    if bits is not None:
+        return 1, bits
+    match = _OPAQUE.fullmatch(dtype)
+    if match is None:
+        raise BadInput(f"unknown dtype {quoted(dtype)}")
+    return int(match[1]), 8 * int(match[2])
 
 
 def numpy_dtype(name: str) -> numpy.dtype[Any]:
@@ -140,6 +164,9 @@ def numpy_dtype(name: str) -> numpy.dtype[Any]:
 
         dtype: numpy.dtype[Any] = numpy.dtype(getattr(ml_dtypes, _ML_DTYPES_NAMES[name]))
         return dtype
-    if name in DTYPE_BITS:
-        raise BadInput(f"numpy has no packed type for {name}: take the tensor's raw bytes")
-    raise BadInput(f"unknown dtype {quoted(name)}")
+    if name == "C128[1:16]":
+        return numpy.dtype("<c16")
+    elements, bits = block_of(name)
+    if elements == 1 and name.startswith("V"):  # as numpy reads types it does not know
+        return numpy.dtype(f"V{bits // 8}")
+    raise BadInput(f"numpy has no packed type for {name}: take the tensor's raw bytes")

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from .checking import iterate_object
+from .checking import iterate_object, iterate_part
 from .errors import BadInput, StoreDamaged
 from .manifest import FileEntry, Manifest
 from .names import check_path
@@ -26,8 +26,9 @@ Progress = Callable[[int], None]
 def select(manifest: Manifest, include: Sequence[str]) -> frozenset[int]:
     """Return the indices of the objects that `include` asks for.
 
-    A pattern matches a file's path, or a tensor's name; with a file come all its parts.
-    Without patterns it is every object.
+    A pattern matches a file's path, or a tensor's name; with a file come all its parts,
+    and for what is made by a recipe, the objects it is made from. Without patterns it is
+    every object.
 
     Raises
     ------
@@ -52,13 +53,13 @@ def select(manifest: Manifest, include: Sequence[str]) -> frozenset[int]:
         if not found and not any(fnmatch.fnmatchcase(f.path, pattern) for f in manifest.files):
             raise BadInput(f"--include {pattern!r} matches no file and no tensor of the model")
         chosen |= found
-    return frozenset(chosen)
+    return manifest.objects_of(chosen)
 
 
 def whole_files(manifest: Manifest, objects: Iterable[int]) -> list[FileEntry]:
     """Return the files of which all parts are among `objects`."""
     chosen = frozenset(objects)
-    return [file for file in manifest.files if chosen.issuperset(file.parts)]
+    return [file for file in manifest.files if chosen.issuperset(manifest.objects_of(file.parts))]
 
 
 def export_files(
@@ -115,7 +116,7 @@ def _write_file(
 ) -> None:
     def pieces() -> Iterator[memoryview]:
         for part in file.parts:
-            for piece in iterate_object(store, manifest.objects[part].digest):
+            for piece in iterate_part(store, manifest, part):
                 yield piece
                 progress(len(piece))
 

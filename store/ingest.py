@@ -15,18 +15,24 @@ import contextlib
 import itertools
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import BinaryIO, NamedTuple, NoReturn, cast
+
+from blake3 import blake3
 
 from .adding import Adding, Progress
 from .digest import EMPTY_DIGEST, digest_of
 from .errors import BadInput, LocalError
-from .formats import layout_of
-from .formats.layout import Layout
-from .hashing import RangeHasher
-from .manifest import MAX_FILES, Manifest, ManifestBuilder, ObjectRef
-from .names import check_path, check_paths
+from .formats import layouts_of
+from .formats.layout import Content, Extent, Layout, Made
+from .hashing import RangeHasher, hash_range
+from .manifest import MAX_FILES, Manifest, ManifestBuilder, ObjectRef, RecipeSpec
+from .names import check_path, check_paths, quoted
+from .place import disk_errors, read_exactly, write_fully
+from .recipes import Bytes, Input, make, read_blocks
 from .records import FileState, wait_for_clock
 from .store import Store
 
@@ -35,6 +41,9 @@ SKIPPED_FOLDERS = frozenset({".git", ".cache", "__pycache__"})
 
 MAX_ROUNDS = 3
 """Times to add again what somebody else took out of the store before we were done."""
+
+DEFLATE_LEVELS = (6, 9, 1, 5, 8, 7, 4, 3, 2)
+"""Levels tried to find out how an array was compressed, the usual ones first."""
 
 _CHANGED = "changed while it was being read; add it again"
 
@@ -119,28 +128,53 @@ def _open(path: Path) -> int:
     raise BadInput(f"{_shown(path)}: not a regular file")
 
 
-def _read_source(path: Path, name: str) -> _Source:
+def read_sources(paths: Sequence[Path], verbatim: Sequence[str] = ()) -> list[_Source]:
+    """Find the files of a model and check the layout of each; nothing is kept.
+
+    Parameters
+    ----------
+    paths : sequence of Path
+        Files and folders.
+    verbatim : sequence of str
+        Patterns of files that are kept as they are, whatever their names say.
+
+    Raises
+    ------
+    BadInput
+        A path or a file is of no use.
+    """
+    found = files_under(paths)
+    path_of = {name: path for path, name in found}
+    states = {name: _state_of(path) for path, name in found}
+
+    def read_at(name: str, offset: int, length: int) -> bytes:
+        path = path_of[name]
+        try:
+            with _opened(path) as descriptor:
+                return os.pread(descriptor, length, offset)
+        except OSError as error:
+            raise BadInput(f"cannot be read: {error.strerror}") from error
+
+    def fail(name: str, error: BadInput) -> NoReturn:
+        raise BadInput(f"{_shown(path_of[name])}: {error}") from error
+
+    files = {name: (state.size_bytes, partial(read_at, name)) for name, state in states.items()}
+    layouts = layouts_of(files, verbatim, fail)
+    return [_Source(path, name, states[name], layouts[name]) for path, name in found]
+
+
+def _state_of(path: Path) -> FileState:
+    with _opened(path) as descriptor:
+        return FileState.of(os.fstat(descriptor))
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
     descriptor = _open(path)
     try:
-        state = FileState.of(os.fstat(descriptor))
-
-        def read_at(offset: int, length: int) -> bytes:
-            return os.pread(descriptor, length, offset)
-
-        try:
-            layout = layout_of(name, state.size_bytes, read_at)
-        except BadInput as error:
-            raise BadInput(f"{_shown(path)}: {error}") from error
-        except OSError as error:
-            raise BadInput(f"{_shown(path)}: cannot be read: {error.strerror}") from error
+        yield descriptor
     finally:
         os.close(descriptor)
-    return _Source(path, name, state, layout)
-
-
-def read_sources(paths: Sequence[Path]) -> list[_Source]:
-    """Find the files of a model and check the layout of each; nothing is kept."""
-    return [_read_source(path, name) for path, name in files_under(paths)]
 
 
 def add_paths(
@@ -148,6 +182,7 @@ def add_paths(
     paths: Sequence[Path],
     *,
     copy: bool = True,
+    verbatim: Sequence[str] = (),
     progress: Progress = lambda count: None,
 ) -> Ingested:
     """Add one model, made of all files that `paths` stand for.
@@ -160,6 +195,8 @@ def add_paths(
         Files and folders.
     copy : bool
         False to register byte ranges of the files where they lie.
+    verbatim : sequence of str
+        Patterns of files that are kept as they are, unread.
     progress : callable
         Hears of bytes read.
 
@@ -175,14 +212,11 @@ def add_paths(
     NoRoom
         The disk is full; what this call had added is removed again.
     """
-    sources = read_sources(paths)
+    sources = read_sources(paths, verbatim)
     adding = Adding(store, copy, progress)
     try:
         for _ in range(MAX_ROUNDS):
-            builder = ManifestBuilder()
-            for source in sources:
-                _add_file(source, builder, adding, copy)
-            manifest = builder.build()
+            manifest = _Describing(sources, adding, store.place.temporary().parent).manifest()
             if adding.complete(manifest, model_name(paths)):
                 return Ingested(manifest, adding.new_bytes)
             adding.begin_anew()
@@ -210,23 +244,26 @@ def _unchanged(source: _Source) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _add_file(source: _Source, builder: ManifestBuilder, adding: Adding, copy: bool) -> None:
-    with _unchanged(source) as descriptor:
-        if FileState.of(os.fstat(descriptor)) != source.state:
-            raise BadInput(f"{_shown(source.path)}: {_CHANGED}")
-        wait_for_clock(source.state)
-        by_range = {
-            (piece.offset, piece.size_bytes): adding.take(
-                descriptor, piece.offset, piece.size_bytes
-            )
-            for piece in source.layout.pieces
-        }
-    if not copy:
-        adding.finish_file(source.path.resolve(), source.state)
-    _put_into(builder, source, by_range)
+class _Hashing:
+    """Stands in for `Adding` where nothing is kept."""
+
+    def __init__(self) -> None:
+        self._hasher = RangeHasher()
+
+    def take(self, descriptor: int, offset: int, size_bytes: int, *, own: bool = True) -> ObjectRef:
+        """Return what a range of an open file would be."""
+        digest, chunk_list = self._hasher.scan(descriptor, offset, size_bytes)
+        return ObjectRef(digest, size_bytes, digest_of(chunk_list) if chunk_list else b"")
+
+    def finish_file(self, path: Path, state: FileState) -> None:
+        """Do nothing: nothing was kept."""
+
+    def close(self) -> None:
+        """End the thread that hashes."""
+        self._hasher.close()
 
 
-def describe_paths(paths: Sequence[Path]) -> Manifest:
+def describe_paths(paths: Sequence[Path], verbatim: Sequence[str] = ()) -> Manifest:
     """Return the manifest that `add_paths` would make; nothing is kept.
 
     Raises
@@ -234,38 +271,201 @@ def describe_paths(paths: Sequence[Path]) -> Manifest:
     BadInput
         A path or a file is of no use.
     """
-    builder = ManifestBuilder()
-    hasher = RangeHasher()
+    hashing = _Hashing()
     try:
-        for source in read_sources(paths):
-            _put_into(builder, source, _hash_pieces(source, hasher))
+        return _Describing(read_sources(paths, verbatim), hashing, None).manifest()
     finally:
-        hasher.close()
-    return builder.build()
+        hashing.close()
 
 
-def _hash_pieces(source: _Source, hasher: RangeHasher) -> dict[tuple[int, int], ObjectRef]:
-    refs: dict[tuple[int, int], ObjectRef] = {}
-    with _unchanged(source) as descriptor:
-        for piece in source.layout.pieces:
-            digest, chunk_list = hasher.scan(descriptor, piece.offset, piece.size_bytes)
-            list_digest = digest_of(chunk_list) if chunk_list else b""
-            refs[piece.offset, piece.size_bytes] = ObjectRef(digest, piece.size_bytes, list_digest)
-    return refs
+class _Describing:
+    """Turns layouts into a manifest, while the pieces are taken into a store.
+
+    Parameters
+    ----------
+    sources : sequence of _Source
+        The files.
+    taker : Adding or _Hashing
+        Takes the objects.
+    scratch : Path or None
+        Folder for decoded tensors; by default the system's.
+    """
+
+    def __init__(
+        self, sources: Sequence[_Source], taker: Adding | _Hashing, scratch: Path | None
+    ) -> None:
+        self._sources = {source.name: source for source in sources}
+        self._taker = taker
+        self._scratch = scratch
+        self._refs: dict[Extent, ObjectRef | RecipeSpec] = {}
+        self._contents: dict[Content, ObjectRef] = {}
+
+    def manifest(self) -> Manifest:
+        """Take all pieces, and return the manifest."""
+        builder = ManifestBuilder()
+        for source in self._sources.values():
+            self._take_file(source)
+        for source in self._sources.values():
+            self._put_into(builder, source)
+        return builder.build()
+
+    def _take_file(self, source: _Source) -> None:
+        with _unchanged(source) as descriptor:
+            if FileState.of(os.fstat(descriptor)) != source.state:
+                raise BadInput(f"{_shown(source.path)}: {_CHANGED}")
+            wait_for_clock(source.state)
+            for offset, size_bytes, _ in source.layout.pieces:
+                extent = Extent(source.name, offset, size_bytes)
+                made = source.layout.made.get(offset)
+                ref = None if made is None else self._try_made(source, extent, made)
+                self._refs[extent] = ref or self._taker.take(descriptor, offset, size_bytes)
+        self._taker.finish_file(source.path.resolve(), source.state)
+
+    def _try_made(self, source: _Source, extent: Extent, made: Made) -> RecipeSpec | None:
+        """Return how a piece is made from tensors, which are taken, if it can be so made."""
+        contents = [_absolute(content, source.name) for content in made.inputs]
+        with _opened(source.path) as descriptor:
+            digest = hash_range(descriptor, extent.offset, extent.size_bytes)
+        parameters: tuple[int, ...] | None = made.parameters
+        with contextlib.ExitStack() as stack:
+            files: list[BinaryIO] = []
+            if made.kind != "slice" or contents[0] not in self._contents:
+                try:
+                    files += [stack.enter_context(self._decoded(each)) for each in contents]
+                except BadInput:
+                    return None  # it cannot be decoded: it is kept as it is
+            if made.kind != "slice":  # a slice of what it was put together from
+                parameters = _parameters_that_make(digest, extent.size_bytes, made, files)
+            if parameters is None:
+                return None
+            for content, file in zip(contents, files, strict=False):
+                if content not in self._contents:
+                    ref = self._taker.take(file.fileno(), 0, content.size_bytes, own=True)
+                    self._contents[content] = ref
+        inputs = tuple(self._contents[content] for content in contents)
+        return RecipeSpec(digest, extent.size_bytes, made.kind, parameters, inputs)
+
+    @contextlib.contextmanager
+    def _decoded(self, content: Content) -> Iterator[BinaryIO]:
+        """Give a temporary file with a content's bytes.
+
+        Raises
+        ------
+        BadInput
+            It cannot be decoded, or has another size than it should have.
+        """
+        with disk_errors("cannot write a decoded tensor"):
+            scratch = cast(BinaryIO, tempfile.TemporaryFile(dir=self._scratch))  # noqa: SIM115
+        with scratch:
+            blocks = self._blocks_of(content)
+            size = 0
+            for block in blocks:
+                with disk_errors("cannot write a decoded tensor"):
+                    write_fully(scratch.fileno(), size, memoryview(block))
+                size += len(block)
+            if size != content.size_bytes:
+                raise BadInput(f"a tensor of {size} bytes, {content.size_bytes} were expected")
+            yield scratch
+
+    def _blocks_of(self, content: Content) -> Iterator[Bytes]:
+        """Yield a content's bytes."""
+        for extent in content.extents:
+            source = self._sources.get(extent.path)
+            if source is None or extent.offset + extent.size_bytes > source.state.size_bytes:
+                raise BadInput(f"{quoted(extent.path)} lacks bytes that a tensor should have")
+            with _unchanged(source) as descriptor:
+                item = recipe_input(descriptor, extent.size_bytes, extent.offset)
+                if content.decode:
+                    yield from make(content.decode, content.parameters, [item], content.size_bytes)
+                else:
+                    yield from read_blocks(item)
+
+    def _put_into(self, builder: ManifestBuilder, source: _Source) -> None:
+        """Add a file to the manifest; all pieces are known."""
+        empty = ObjectRef(EMPTY_DIGEST, 0, b"")
+        layout, name = source.layout, source.name
+        entries: list[tuple[int, str, str, tuple[int, ...], ObjectRef | RecipeSpec]] = [
+            (
+                t.offset,
+                t.name,
+                t.dtype,
+                t.shape,
+                self._refs[Extent(name, t.offset, t.size_bytes)] if t.size_bytes else empty,
+            )
+            for t in layout.tensors
+        ]
+        for held in layout.held:
+            content = _absolute(held.content, name)
+            first = content.extents[0]
+            at = first.offset if first.path == name else source.state.size_bytes
+            entries.append((at, held.name, held.dtype, held.shape, self._held(source, content)))
+        entries.sort(key=lambda entry: entry[0])  # stable: the layout's order otherwise
+        parts = [
+            self._refs[Extent(name, piece.offset, piece.size_bytes)] for piece in layout.pieces
+        ]
+        builder.add_file(name, layout.format, parts, [entry[1:] for entry in entries])
+
+    def _held(self, source: _Source, content: Content) -> ObjectRef | RecipeSpec:
+        """Return the object of a held tensor, or how it is made from a piece."""
+        known = self._contents.get(content)
+        if known is not None:
+            return known
+        ref = self._refs.get(content.extents[0]) if len(content.extents) == 1 else None
+        if ref is not None and not content.decode:
+            return ref
+        if not isinstance(ref, ObjectRef):
+            raise BadInput(f"{_shown(source.path)}: a tensor's bytes are not where they should be")
+        hasher = blake3(max_threads=blake3.AUTO)
+        size = 0
+        for block in self._blocks_of(content):
+            hasher.update(block)
+            size += len(block)
+        if size != content.size_bytes:
+            raise BadInput(f"{_shown(source.path)}: a tensor that cannot be decoded")
+        return RecipeSpec(hasher.digest(), size, content.decode, content.parameters, (ref,))
 
 
-def _put_into(
-    builder: ManifestBuilder, source: _Source, refs: Mapping[tuple[int, int], ObjectRef]
-) -> None:
-    """Add a file to a manifest, given the object of each of its pieces."""
-    empty = ObjectRef(EMPTY_DIGEST, 0, b"")
-    layout = source.layout
-    tensors = [
-        (t.name, t.dtype, t.shape, refs[t.offset, t.size_bytes] if t.size_bytes else empty)
-        for t in layout.tensors
-    ]
-    parts = [refs[piece.offset, piece.size_bytes] for piece in layout.pieces]
-    builder.add_file(source.name, layout.format, parts, tensors)
+def _parameters_that_make(
+    digest: bytes, size_bytes: int, made: Made, files: Sequence[BinaryIO]
+) -> tuple[int, ...] | None:
+    """Return the parameters with which a recipe makes what has this digest, if any do."""
+    tries = [made.parameters]
+    if made.kind == "deflate" and not made.parameters:
+        tries = [(level,) for level in DEFLATE_LEVELS]
+    for parameters in tries:
+        inputs = [recipe_input(each.fileno(), os.fstat(each.fileno()).st_size) for each in files]
+        if _digest_up_to(make(made.kind, parameters, inputs, size_bytes), size_bytes) == digest:
+            return parameters
+    return None
+
+
+def _absolute(content: Content, name: str) -> Content:
+    """Return a content in which no path stands for the file at hand."""
+    extents = tuple(each if each.path else each._replace(path=name) for each in content.extents)
+    return content._replace(extents=extents)
+
+
+def recipe_input(descriptor: int, size_bytes: int, offset: int = 0) -> Input:
+    """Return a range of an open file as a recipe's input."""
+
+    def read_at(start: int, length: int) -> memoryview:
+        view = memoryview(bytearray(length))
+        read_exactly(descriptor, offset + start, view)
+        return view
+
+    return Input(size_bytes, read_at)
+
+
+def _digest_up_to(blocks: Iterator[Bytes], size_bytes: int) -> bytes:
+    """Return the digest of what is made; none if it is not of that size."""
+    hasher = blake3(max_threads=blake3.AUTO)
+    size = 0
+    for block in blocks:
+        hasher.update(block)
+        size += len(block)
+        if size > size_bytes:
+            return b""
+    return hasher.digest() if size == size_bytes else b""
 
 
 def model_name(paths: Sequence[Path]) -> str:

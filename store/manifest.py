@@ -13,8 +13,12 @@ rely on every rule below.
 - Objects are sorted by digest, unique, and each is used by some file.
 - Files are sorted by path; the paths are safe and do not collide (``names.py``).
 - A file's parts, concatenated, are the file. Empty objects are not parts.
-- A file's tensors are in file order: each that has bytes is a part, not before
-  the part of the tensor ahead of it; two may share a part (tied weights).
+- A part or a tensor is an object, or is made by a *recipe* (``recipes.py``) from
+  objects: a shard that ends inside a tensor, a compressed array. What a recipe makes is
+  in no store; it has a digest, by which it is verified when it is made.
+- In version 1 there are no recipes, and a file's tensors are in file order: each that
+  has bytes is a part, not before the part of the tensor ahead of it; two may share a
+  part (tied weights). Version 2 is for all other models, and only for them.
 - A tensor's size follows from its dtype and shape, and is its object's.
 - An object has a chunk list exactly if it has more than one chunk.
 
@@ -24,8 +28,7 @@ for, and nobody checks here that objects hold what they are named for.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, NoReturn
@@ -34,12 +37,18 @@ import msgpack
 
 from .cid import model_cid
 from .digest import CHUNK_SIZE, DIGEST_SIZE, EMPTY_DIGEST, MAX_OBJECT_SIZE, digest_of
-from .dtypes import MAX_DIMENSIONS, tensor_size_bytes
+from .dtypes import MAX_DIMENSIONS
 from .errors import BadInput
-from .names import check_paths, check_tensor_name, quoted
+from .manifest_rules import check_parts, check_recipes, check_tensors, in_file_order
+from .names import check_paths, quoted
+from .recipes import MAX_DIMENSIONS as MAX_RECIPE_DIMENSIONS
+from .recipes import MAX_INPUTS
 
 VERSION = 1
 """Version of the encoding; the first field of every manifest."""
+
+VERSION_WITH_RECIPES = 2
+"""Version for a model that has recipes, or tensors that are in no part of their own file."""
 
 MAX_MANIFEST_BYTES = 64 << 20
 """Longest encoding. A tensor takes about 130 bytes, so this holds half a million;
@@ -58,13 +67,13 @@ MAX_PARTS = 1 << 20
 """Most parts in all files. A repeated part takes only 2 bytes of a manifest, so
 without this limit a small one could describe a file of endless pieces."""
 
-MAX_FILE_BYTES = MAX_OBJECT_SIZE
-"""Largest file, in bytes: kept verbatim, it would be a single object."""
+MAX_RECIPES = 1 << 19
+"""Most recipes: one for each tensor, as in a model of compressed arrays."""
+
+MAX_RECIPE_PARAMETERS = 3 + 2 * MAX_RECIPE_DIMENSIONS
+"""Most parameters of a recipe: those of the kind ``strided``."""
 
 _LONGEST_ARRAY = max(MAX_OBJECTS, MAX_TENSORS, MAX_FILES, MAX_PARTS)
-
-_FORMAT_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,31}", re.ASCII)
-"""Format names are only passed on, so that a node can carry formats it cannot parse."""
 
 
 class ObjectRef(NamedTuple):
@@ -85,6 +94,40 @@ class ObjectRef(NamedTuple):
     chunk_list: bytes
 
 
+class Recipe(NamedTuple):
+    """Bytes that are made from objects.
+
+    Attributes
+    ----------
+    digest : bytes
+        BLAKE3-256 of what is made.
+    size_bytes : int
+        Length of what is made.
+    kind : str
+        One of the kinds in ``recipes.py``.
+    parameters : tuple of int
+        The kind's parameters.
+    inputs : tuple of int
+        Indices of the objects that it is made from.
+    """
+
+    digest: bytes
+    size_bytes: int
+    kind: str
+    parameters: tuple[int, ...]
+    inputs: tuple[int, ...]
+
+
+class RecipeSpec(NamedTuple):
+    """A recipe before its manifest is built: `inputs` are objects."""
+
+    digest: bytes
+    size_bytes: int
+    kind: str
+    parameters: tuple[int, ...]
+    inputs: tuple[ObjectRef, ...]
+
+
 class NamedTensor(NamedTuple):
     """A tensor as one file names it.
 
@@ -97,7 +140,8 @@ class NamedTensor(NamedTuple):
     shape : tuple of int
         Length of each dimension.
     object_index : int
-        Which of the manifest's objects has the tensor's bytes.
+        Which of the manifest's objects has the tensor's bytes; beyond the last one,
+        which of its recipes makes them.
     """
 
     name: str
@@ -119,7 +163,8 @@ class FileEntry:
     format : str
         Which parser found the tensors: ``"safetensors"``, ``"verbatim"``.
     parts : tuple of int
-        Indices of the objects whose bytes, concatenated, are the file.
+        Indices of the objects whose bytes, concatenated, are the file; beyond the last
+        object, of recipes.
     tensors : tuple of NamedTensor
         The tensors in the file, in file order.
     """
@@ -141,6 +186,8 @@ class Manifest:
         Sorted by digest.
     files : tuple of FileEntry
         Sorted by path.
+    recipes : tuple of Recipe
+        Sorted by digest.
 
     Raises
     ------
@@ -150,6 +197,7 @@ class Manifest:
 
     objects: tuple[ObjectRef, ...]
     files: tuple[FileEntry, ...]
+    recipes: tuple[Recipe, ...] = ()
 
     def __post_init__(self) -> None:
         self.validate()
@@ -165,16 +213,59 @@ class Manifest:
         _check_counts(self)
         _check_objects(self.objects)
         _check_paths(self.files)
-        used = bytearray(len(self.objects))
+        check_recipes(self.recipes, self.objects)
+        sizes = self._sizes
+        used = bytearray(len(sizes))
         for entry in self.files:
             try:
-                _check_parts(entry, self.objects, used)
-                _check_tensors(entry, self.objects, used)
+                check_parts(entry, sizes, used)
+                check_tensors(entry, sizes, used, len(self.objects))
             except BadInput as error:
                 raise BadInput(f"file {quoted(entry.path)}: {error}") from error
+        for recipe in self.recipes:
+            for index in recipe.inputs:
+                used[index] = 1
         unused = used.find(0)
         if unused >= 0:
-            raise BadInput(f"object {unused} is used by no file")
+            what = "object" if unused < len(self.objects) else "recipe"
+            raise BadInput(f"{what} {unused} is used by no file")
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        """Sizes by index, of objects and then of recipes."""
+        return [item.size_bytes for item in self.objects] + [r.size_bytes for r in self.recipes]
+
+    @cached_property
+    def version(self) -> int:
+        """Version of the encoding: 1 if that can say it all."""
+        if self.recipes or not all(in_file_order(file, self._sizes) for file in self.files):
+            return VERSION_WITH_RECIPES
+        return VERSION
+
+    def size_of(self, index: int) -> int:
+        """Return the size in bytes of an object or, beyond the last one, of a recipe."""
+        return self._sizes[index]
+
+    def digest_of(self, index: int) -> bytes:
+        """Return the digest of an object or, beyond the last one, of a recipe."""
+        count = len(self.objects)
+        return (self.objects[index] if index < count else self.recipes[index - count]).digest
+
+    def recipe(self, index: int) -> Recipe | None:
+        """Return the recipe at an index beyond the last object, None for an object."""
+        count = len(self.objects)
+        return self.recipes[index - count] if index >= count else None
+
+    def objects_of(self, indices: Iterable[int]) -> frozenset[int]:
+        """Return the objects among `indices`, and those that recipes among them need."""
+        count = len(self.objects)
+        found: set[int] = set()
+        for index in indices:
+            if index < count:
+                found.add(index)
+            else:
+                found.update(self.recipes[index - count].inputs)
+        return frozenset(found)
 
     def encode(self) -> bytes:
         """Return the canonical encoding: the same manifest gives the same bytes.
@@ -188,7 +279,8 @@ class Manifest:
             (entry.path, entry.size_bytes, entry.format, entry.parts, entry.tensors)
             for entry in self.files
         ]
-        data: bytes = msgpack.packb((VERSION, self.objects, files))
+        fields = (self.version, self.objects, files)
+        data: bytes = msgpack.packb(fields if self.version == VERSION else (*fields, self.recipes))
         if len(data) > MAX_MANIFEST_BYTES:
             raise BadInput(f"a manifest of {len(data)} bytes, at most {MAX_MANIFEST_BYTES}")
         return data
@@ -238,8 +330,8 @@ class Manifest:
 
         Equal for equal weights, whatever the files' format and the tensors' names.
         """
-        # Objects are sorted by digest, so sorted indices are sorted digests.
-        return digest_of(b"".join(self.objects[i].digest for i in sorted(self.tensor_indices)))
+        named = {tensor.object_index for entry in self.files for tensor in entry.tensors}
+        return digest_of(b"".join(sorted({self.digest_of(index) for index in named})))
 
     @cached_property
     def total_bytes(self) -> int:
@@ -248,8 +340,9 @@ class Manifest:
 
     @cached_property
     def tensor_indices(self) -> frozenset[int]:
-        """Indices of the objects that some file names as a tensor."""
-        return frozenset(tensor.object_index for entry in self.files for tensor in entry.tensors)
+        """Indices of the objects that some file names as a tensor; recipes are not here."""
+        named = (tensor.object_index for entry in self.files for tensor in entry.tensors)
+        return frozenset(index for index in named if index < len(self.objects))
 
     @cached_property
     def file_by_path(self) -> dict[str, FileEntry]:
@@ -262,14 +355,15 @@ class ManifestBuilder:
 
     def __init__(self) -> None:
         self._objects: dict[bytes, ObjectRef] = {}
+        self._recipes: dict[bytes, RecipeSpec] = {}
         self._files: list[_PendingFile] = []
 
     def add_file(
         self,
         path: str,
         format: str,
-        parts: Sequence[ObjectRef],
-        tensors: Sequence[tuple[str, str, Sequence[int], ObjectRef]],
+        parts: Sequence[ObjectRef | RecipeSpec],
+        tensors: Sequence[tuple[str, str, Sequence[int], ObjectRef | RecipeSpec]],
     ) -> None:
         """Add a file.
 
@@ -279,9 +373,9 @@ class ManifestBuilder:
             The file's path in the model.
         format : str
             Name of the file's format.
-        parts : sequence of ObjectRef
+        parts : sequence of ObjectRef or RecipeSpec
             What the file's bytes are, in order; empty ones are left out.
-        tensors : sequence of (str, str, sequence of int, ObjectRef)
+        tensors : sequence of (str, str, sequence of int, ObjectRef or RecipeSpec)
             Name, dtype, shape and bytes of each tensor, in file order.
 
         Raises
@@ -292,8 +386,14 @@ class ManifestBuilder:
         """
         parts = [part for part in parts if part.size_bytes]
         for item in (*parts, *(tensor[3] for tensor in tensors)):
-            if self._objects.setdefault(item.digest, item) != item:
-                raise BadInput(f"object {item.digest.hex()} has two sizes or two chunk lists")
+            if isinstance(item, RecipeSpec):
+                self._recipes.setdefault(item.digest, item)
+                items: Sequence[ObjectRef] = item.inputs
+            else:
+                items = (item,)
+            for each in items:
+                if self._objects.setdefault(each.digest, each) != each:
+                    raise BadInput(f"object {each.digest.hex()} has two sizes or two chunk lists")
         self._files.append(_PendingFile(path, format, parts, tensors))
 
     def build(self) -> Manifest:
@@ -304,8 +404,11 @@ class ManifestBuilder:
         BadInput
             There are none, or they break a rule in this module's header.
         """
-        digests = sorted(self._objects)
+        # What is an object anyway needs no recipe; then its inputs may be of no use.
+        recipes = [self._recipes[d] for d in sorted(self._recipes) if d not in self._objects]
+        digests = sorted(self._needed(recipes))
         index = {digest: position for position, digest in enumerate(digests)}
+        index |= {recipe.digest: len(digests) + i for i, recipe in enumerate(recipes)}
         files = [
             FileEntry(
                 path=file.path,
@@ -320,14 +423,29 @@ class ManifestBuilder:
             for file in self._files
         ]
         files.sort(key=lambda entry: entry.path)
-        return Manifest(tuple(self._objects[digest] for digest in digests), tuple(files))
+        return Manifest(
+            tuple(self._objects[digest] for digest in digests),
+            tuple(files),
+            tuple(
+                Recipe(*spec[:4], tuple(index[ref.digest] for ref in spec.inputs))
+                for spec in recipes
+            ),
+        )
+
+    def _needed(self, recipes: Sequence[RecipeSpec]) -> set[bytes]:
+        """Return the digests of the objects that the files and `recipes` use."""
+        needed = {ref.digest for recipe in recipes for ref in recipe.inputs}
+        for file in self._files:
+            needed |= {part.digest for part in file.parts}
+            needed |= {tensor[3].digest for tensor in file.tensors}
+        return needed & self._objects.keys()
 
 
 class _PendingFile(NamedTuple):
     path: str
     format: str
-    parts: Sequence[ObjectRef]
-    tensors: Sequence[tuple[str, str, Sequence[int], ObjectRef]]
+    parts: Sequence[ObjectRef | RecipeSpec]
+    tensors: Sequence[tuple[str, str, Sequence[int], ObjectRef | RecipeSpec]]
 
 
 class _Reader:
@@ -354,14 +472,37 @@ class _Reader:
         self._parts_left = MAX_PARTS
         self._tensors_left = MAX_TENSORS
 
-    def manifest(self) -> tuple[tuple[ObjectRef, ...], tuple[FileEntry, ...]]:
-        self._tuple(3, "manifest")
+    def manifest(
+        self,
+    ) -> tuple[tuple[ObjectRef, ...], tuple[FileEntry, ...], tuple[Recipe, ...]]:
+        fields: int = self._header()
+        if fields not in (3, 4):
+            raise BadInput("a manifest does not have 3 fields, or 4 with recipes")
         version = self._scalar()
-        if type(version) is not int or version != VERSION:
-            raise BadInput(f"version {quoted(str(version))}, only {VERSION} is known")
+        if type(version) is not int or version not in (VERSION, VERSION_WITH_RECIPES):
+            raise BadInput(
+                f"version {quoted(str(version))}, only {VERSION} and {VERSION_WITH_RECIPES} "
+                "are known"
+            )
+        if fields != (3 if version == VERSION else 4):
+            raise BadInput(f"a manifest of version {version} does not have {fields} fields")
         objects = tuple([self._object() for _ in range(self._array(MAX_OBJECTS, "objects"))])
         files = tuple([self._file() for _ in range(self._array(MAX_FILES, "files"))])
-        return objects, files
+        if version == VERSION:
+            return objects, files, ()
+        recipes = tuple([self._recipe() for _ in range(self._array(MAX_RECIPES, "recipes"))])
+        return objects, files, recipes
+
+    def _recipe(self) -> Recipe:
+        self._tuple(5, "recipe")
+        scalar = self._scalar
+        digest, size_bytes, kind = scalar(), scalar(), scalar()
+        if type(digest) is not bytes or type(size_bytes) is not int or type(kind) is not str:
+            raise BadInput("a recipe is not a digest, a size and a kind")
+        count = self._array(MAX_RECIPE_PARAMETERS, "parameters")
+        parameters = self._integers(count, "parameters")
+        inputs = self._integers(self._array(MAX_INPUTS, "inputs"), "inputs")
+        return Recipe(digest, size_bytes, kind, parameters, inputs)
 
     def _object(self) -> ObjectRef:
         self._tuple(3, "object")
@@ -428,6 +569,7 @@ def _check_counts(manifest: Manifest) -> None:
         ("objects", len(manifest.objects), MAX_OBJECTS),
         ("parts", sum(len(entry.parts) for entry in manifest.files), MAX_PARTS),
         ("tensors", sum(len(entry.tensors) for entry in manifest.files), MAX_TENSORS),
+        ("recipes", len(manifest.recipes), MAX_RECIPES),
     ):
         if count > limit:
             raise BadInput(f"{count} {what}, at most {limit}")
@@ -454,48 +596,3 @@ def _check_paths(files: Sequence[FileEntry]) -> None:
     for i in range(1, len(files)):
         if files[i - 1].path >= files[i].path:
             raise BadInput(f"file {quoted(files[i].path)} is not in the order of paths")
-
-
-def _check_parts(entry: FileEntry, objects: Sequence[ObjectRef], used: bytearray) -> None:
-    if not _FORMAT_NAME.fullmatch(entry.format):
-        raise BadInput(f"bad format name {quoted(entry.format)}")
-    total_bytes = 0
-    for index in entry.parts:
-        if not 0 <= index < len(objects):
-            raise BadInput(f"a part is object {index} of {len(objects)}")
-        size_bytes = objects[index].size_bytes
-        if not size_bytes:
-            raise BadInput("an empty object is a part")
-        total_bytes += size_bytes
-        used[index] = 1
-    if total_bytes != entry.size_bytes:
-        raise BadInput(f"{entry.size_bytes} bytes, but its parts have {total_bytes}")
-    if total_bytes > MAX_FILE_BYTES:
-        raise BadInput(f"{total_bytes} bytes, at most {MAX_FILE_BYTES}")
-
-
-def _check_tensors(entry: FileEntry, objects: Sequence[ObjectRef], used: bytearray) -> None:
-    names: set[str] = set()
-    parts, position = entry.parts, 0
-    for name, dtype, shape, index in entry.tensors:
-        check_tensor_name(name)
-        if name in names:
-            raise BadInput(f"tensor {quoted(name)} is there twice")
-        names.add(name)
-        if not 0 <= index < len(objects):
-            raise BadInput(f"tensor {quoted(name)} is object {index} of {len(objects)}")
-        size_bytes = objects[index].size_bytes
-        if tensor_size_bytes(dtype, shape) != size_bytes:
-            raise BadInput(
-                f"tensor {quoted(name)} is of {size_bytes} bytes, "
-                "which its dtype and shape contradict"
-            )
-        if size_bytes == 0:
-            used[index] = 1
-            continue
-        # Tensors come in file order, so one walk along the parts finds them all;
-        # a tied tensor stays where the walk stands.
-        while position < len(parts) and parts[position] != index:
-            position += 1
-        if position == len(parts):
-            raise BadInput(f"tensor {quoted(name)} is not a part of the file, in file order")

@@ -45,7 +45,7 @@ def tensors_in_order(
             raise BadInput(f"--first {pattern!r} matches no file and no tensor of the model")
         ordered.update(dict.fromkeys(matches))
     ordered.update((tensor, None) for _, tensor in every)
-    return [tensor for tensor in ordered if tensor.object_index in wanted]
+    return [t for t in ordered if wanted.issuperset(manifest.objects_of([t.object_index]))]
 
 
 def urgency(
@@ -67,8 +67,8 @@ def urgency(
         tensors = tensors_in_order(manifest, wanted, first)
         step = max(1, -(-len(tensors) // MAX_LEVELS))
         for rank, tensor in enumerate(tensors):
-            digest = manifest.objects[tensor.object_index].digest
-            found.setdefault(digest, rank // step - MAX_LEVELS)
+            for index in manifest.objects_of([tensor.object_index]):
+                found.setdefault(manifest.objects[index].digest, rank // step - MAX_LEVELS)
         return found
     tensors_in_order(manifest, wanted, first)  # refuses a pattern that matches nothing
     for rank, pattern in enumerate(first[:MAX_LEVELS]):
@@ -80,6 +80,6 @@ def urgency(
                 for tensor in file.tensors
                 if in_file or fnmatch.fnmatchcase(tensor.name, pattern)
             ]
-            for index in wanted.intersection(indices):
+            for index in wanted & manifest.objects_of(indices):
                 found.setdefault(manifest.objects[index].digest, rank - MAX_LEVELS)
     return found

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tensorswarm.store.digest import EMPTY_DIGEST
 from tensorswarm.store.errors import BadInput
 from tensorswarm.store.export import select
 from tensorswarm.store.load import load_tensor
@@ -89,10 +90,13 @@ def _as_they_come(
         raise manifest
     assert isinstance(manifest, Manifest)  # it is told first, or not at all
     order = tensors_in_order(manifest, select(manifest, include), first)
-    refs = [manifest.objects[tensor.object_index] for tensor in order]
-    whole = set(store.records([ref.digest for ref in refs]))
-    for tensor, ref in zip(order, refs, strict=True):
-        while ref.size_bytes and ref.digest not in whole:
+    needed = [
+        {manifest.objects[i].digest for i in manifest.objects_of([tensor.object_index])}
+        for tensor in order
+    ]
+    whole = {EMPTY_DIGEST, *store.records(list(set().union(*needed)))}
+    for tensor, digests in zip(order, needed, strict=True):
+        while not whole.issuperset(digests):
             item = news.get()
             if isinstance(item, BaseException):
                 raise item

@@ -7,18 +7,27 @@ file that holds this tensor, any other piece (a header, padding) is a blob.
 Its *tensors* name ranges of the file. Several names may share one range (tied
 weights); an empty tensor has a range of no bytes and no piece.
 
+Not every tensor's bytes are one run of its file. *Held* tensors are described by a
+`Content`: runs of bytes, in this file or in others of the model, and what has to be done
+with them to get the tensor (unpack, pick, put in order). The other way round, *made*
+says of a piece how its bytes follow from such tensors, so that it need not be kept
+beside them (`recipes.py`). Whoever adds the file tries that, and keeps the piece where
+it does not hold.
+
 Parsers do no I/O of their own, never read tensor data, and raise nothing but
 ``BadInput`` for what a file's bytes say. An error of ``ReadAt`` passes through.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from ..dtypes import tensor_size_bytes
 from ..errors import BadInput
 from ..names import quoted
+from ..recipes import check_recipe
 
 ReadAt = Callable[[int, int], bytes]
 """Takes an offset and a length in bytes, returns these bytes of the file."""
@@ -52,6 +61,56 @@ class TensorRange(NamedTuple):
     size_bytes: int
 
 
+class Extent(NamedTuple):
+    """A run of bytes of a file of the model; an empty path means the file at hand."""
+
+    path: str
+    offset: int
+    size_bytes: int
+
+
+class Content(NamedTuple):
+    """A tensor's bytes, where they are not one piece of its file.
+
+    Attributes
+    ----------
+    extents : tuple of Extent
+        Runs of bytes which, put together, are the tensor, or hold it.
+    decode : str
+        Empty if they are the tensor; else the kind of recipe (``strided``, ``inflate``,
+        ``unvarint``, ``slice``) that gets it out of the one extent.
+    parameters : tuple of int
+        That recipe's parameters.
+    size_bytes : int
+        The tensor's size.
+    """
+
+    extents: tuple[Extent, ...]
+    decode: str
+    parameters: tuple[int, ...]
+    size_bytes: int
+
+
+class Made(NamedTuple):
+    """How a piece can be made from contents: a recipe's kind, parameters and inputs.
+
+    No parameters of ``deflate`` means that the level is to be found out.
+    """
+
+    kind: str
+    parameters: tuple[int, ...]
+    inputs: tuple[Content, ...]
+
+
+class HeldTensor(NamedTuple):
+    """A named tensor whose bytes are not one piece of its file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    content: Content
+
+
 @dataclass(frozen=True)
 class Layout:
     """A parsed file.
@@ -64,11 +123,17 @@ class Layout:
         In order of offset, without gaps or overlaps, covering the whole file.
     tensors : tuple of TensorRange
         In order of offset; each of those with bytes is one of the pieces.
+    held : tuple of HeldTensor
+        Tensors whose bytes have to be put together or decoded.
+    made : mapping of int to Made
+        By offset, the pieces that can be made from held tensors.
     """
 
     format: str
     pieces: tuple[Piece, ...]
     tensors: tuple[TensorRange, ...]
+    held: tuple[HeldTensor, ...] = ()
+    made: Mapping[int, Made] = field(default_factory=dict)
 
 
 def check_layout(layout: Layout, size_bytes: int) -> Layout:
@@ -105,7 +170,44 @@ def check_layout(layout: Layout, size_bytes: int) -> Layout:
         previous = tensor.offset
     if len(named) != len(pieces):
         raise BadInput("a part of the file is a tensor without a name")
+    _check_held(layout, size_bytes)
     return layout
+
+
+def _check_held(layout: Layout, size_bytes: int) -> None:
+    """Check what is described by contents: sizes, and runs that lie in the file."""
+    sizes = {piece.offset: piece.size_bytes for piece in layout.pieces if not piece.is_tensor}
+    for name, dtype, shape, content in layout.held:
+        if tensor_size_bytes(dtype, shape) != content.size_bytes:
+            raise BadInput(f"tensor {quoted(name)}: its dtype and shape do not fit its bytes")
+        check_content(content, size_bytes)
+    for offset, made in layout.made.items():
+        if offset not in sizes:
+            raise BadInput(f"what is made at byte {offset} is no part of the file")
+        for content in made.inputs:
+            check_content(content, size_bytes)
+        if made.kind != "deflate" or made.parameters:
+            inputs = [content.size_bytes for content in made.inputs]
+            check_recipe(made.kind, made.parameters, inputs, sizes[offset])
+
+
+def check_content(content: Content, size_bytes: int) -> None:
+    """Check that a content's runs lie in the file and give as many bytes as it says.
+
+    Raises
+    ------
+    BadInput
+        They do not.
+    """
+    for extent in content.extents:
+        end = extent.offset + extent.size_bytes
+        if extent.offset < 0 or extent.size_bytes <= 0 or (not extent.path and end > size_bytes):
+            raise BadInput(f"bytes {extent.offset} to {end} are not in the file")
+    total = sum(extent.size_bytes for extent in content.extents)
+    if content.decode:
+        check_recipe(content.decode, content.parameters, [total], content.size_bytes)
+    elif total != content.size_bytes or not content.extents:
+        raise BadInput(f"{total} bytes for a tensor of {content.size_bytes}")
 
 
 def read_exactly(read_at: ReadAt, offset: int, length: int) -> bytes:

@@ -71,7 +71,7 @@ def parse(size_bytes: int, read_at: ReadAt) -> Layout:
     buffer_start = LENGTH_BYTES + header_bytes
     if buffer_start > size_bytes:
         raise BadInput(f"the header ends at byte {buffer_start}, the file at {size_bytes}")
-    header = _load_header(read_exactly(read_at, LENGTH_BYTES, header_bytes))
+    header = load_header(read_exactly(read_at, LENGTH_BYTES, header_bytes))
     _check_metadata(header.pop(_METADATA_KEY, None))
     if len(header) > MAX_TENSORS:
         raise BadInput(f"{len(header)} tensors, at most {MAX_TENSORS}")
@@ -89,7 +89,14 @@ def parse(size_bytes: int, read_at: ReadAt) -> Layout:
     return Layout(FORMAT, tuple(pieces), tuple(tensors))
 
 
-def _load_header(data: bytes) -> dict[str, Any]:
+def load_header(data: bytes) -> dict[str, Any]:
+    """Read a JSON object from a stranger.
+
+    Raises
+    ------
+    BadInput
+        It is none, has a key twice, or would take too much memory.
+    """
     if data[:1] != b"{":
         raise BadInput("the header does not begin with '{'")
     marks = sum(map(data.count, (b",", b":", b"[", b"{")))

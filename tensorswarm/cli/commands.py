@@ -36,7 +36,9 @@ def add(args: argparse.Namespace, output: Output) -> int:
             done += byte_count
             show(done, total)
 
-        manifest, new_bytes = add_paths(store, args.paths, copy=not args.no_copy, progress=count)
+        manifest, new_bytes = add_paths(
+            store, args.paths, copy=not args.no_copy, verbatim=args.verbatim, progress=count
+        )
         store.sync()
     document: dict[str, Any] = {
         "model": manifest.model_id,
@@ -154,9 +156,9 @@ def _tensor_documents(manifest: Manifest) -> list[dict[str, Any]]:
             "name": tensor.name,
             "dtype": tensor.dtype,
             "shape": list(tensor.shape),
-            "size": manifest.objects[tensor.object_index].size_bytes,
-            "digest": manifest.objects[tensor.object_index].digest.hex(),
-            "cid": object_cid(manifest.objects[tensor.object_index].digest),
+            "size": manifest.size_of(tensor.object_index),
+            "digest": manifest.digest_of(tensor.object_index).hex(),
+            "cid": object_cid(manifest.digest_of(tensor.object_index)),
             "file": file.path,
         }
         for file in manifest.files

@@ -131,6 +131,13 @@ def _add_local_commands(command: Callable[..., Parser]) -> None:
     sub.add_argument(
         "--no-copy", action="store_true", help="register the files' bytes where they lie"
     )
+    sub.add_argument(
+        "--verbatim",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="keep these files as they are, without looking for tensors in them",
+    )
     command("ls", commands.ls, "list the models in the store")
     sub = command("info", commands.info, "show what a model or a tensor is made of")
     sub.add_argument("ref", metavar="REF")

@@ -61,8 +61,8 @@ def test_file_that_changes_between_its_header_and_its_bytes(
     assert len(other) == path.stat().st_size
     real = ingest.read_sources
 
-    def read_then_change(paths: Sequence[Path]) -> object:
-        sources = real(paths)
+    def read_then_change(paths: Sequence[Path], verbatim: Sequence[str]) -> object:
+        sources = real(paths, verbatim)
         path.write_bytes(other)
         return sources
 

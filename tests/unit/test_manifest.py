@@ -330,19 +330,10 @@ BROKEN: list[tuple[str, tuple[ObjectRef, ...], tuple[FileEntry, ...], str]] = [
     ("a long name", (A, B), (with_tensors(TENSOR._replace(name="x" * 1025)),), "1025 bytes"),
     ("half a character", (A, B), (with_tensors(TENSOR._replace(name="\ud800")),), "Unicode"),
     (
-        "a tensor that is no part",
+        "a tensor that is no part of any file",
         (A, B),
-        (
-            replace(FILE, parts=(1,), size_bytes=8),
-            FileEntry("g", 4, "verbatim", (0,), ()),
-        ),
-        "not a part",
-    ),
-    (
-        "tensors out of file order",
-        (A, B),
-        (with_tensors(NamedTensor("b", "F64", (), 1), TENSOR),),
-        "in file order",
+        (replace(FILE, parts=(1,), size_bytes=8),),
+        "object 0 is used by no file",
     ),
 ]
 

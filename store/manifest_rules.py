@@ -1,0 +1,94 @@
+"""Rules of manifests about files: their parts, their tensors, and recipes.
+
+Each function raises ``BadInput`` for a broken rule, and notes in `used` what the file
+uses, by index: objects first, then recipes. `sizes` are the sizes by the same index.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from .digest import DIGEST_SIZE, MAX_OBJECT_SIZE
+from .dtypes import tensor_size_bytes
+from .errors import BadInput
+from .names import check_tensor_name, quoted
+from .recipes import check_recipe
+
+if TYPE_CHECKING:
+    from .manifest import FileEntry, ObjectRef, Recipe
+
+FORMAT_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,31}", re.ASCII)
+"""Format names are only passed on, so that a node can carry formats it cannot parse."""
+
+
+def check_recipes(recipes: Sequence[Recipe], objects: Sequence[ObjectRef]) -> None:
+    """Check what recipes make and are made from."""
+    kept = {item.digest for item in objects}
+    previous = b""
+    for position, recipe in enumerate(recipes):
+        if len(recipe.digest) != DIGEST_SIZE or recipe.digest in kept:
+            raise BadInput(f"recipe {position} makes an object, or has a bad digest")
+        if recipe.digest <= previous:
+            raise BadInput(f"recipe {position} is not in the order of digests, or is there twice")
+        if not all(0 <= index < len(objects) for index in recipe.inputs):
+            raise BadInput(f"recipe {position} uses objects that are not there")
+        sizes = [objects[index].size_bytes for index in recipe.inputs]
+        check_recipe(recipe.kind, recipe.parameters, sizes, recipe.size_bytes)
+        previous = recipe.digest
+
+
+def check_parts(entry: FileEntry, sizes: Sequence[int], used: bytearray) -> None:
+    """Check the parts of a file, and note which objects and recipes they use."""
+    if not FORMAT_NAME.fullmatch(entry.format):
+        raise BadInput(f"bad format name {quoted(entry.format)}")
+    total_bytes = 0
+    for index in entry.parts:
+        if not 0 <= index < len(sizes):
+            raise BadInput(f"a part is object {index} of {len(sizes)}")
+        size_bytes = sizes[index]
+        if not size_bytes:
+            raise BadInput("an empty object is a part")
+        total_bytes += size_bytes
+        used[index] = 1
+    if total_bytes != entry.size_bytes:
+        raise BadInput(f"{entry.size_bytes} bytes, but its parts have {total_bytes}")
+    if total_bytes > MAX_OBJECT_SIZE:
+        raise BadInput(f"{total_bytes} bytes, at most {MAX_OBJECT_SIZE}")
+
+
+def check_tensors(
+    entry: FileEntry, sizes: Sequence[int], used: bytearray, first_recipe: int
+) -> None:
+    """Check the tensors of a file, and note the recipes and empty objects they use."""
+    names: set[str] = set()
+    for name, dtype, shape, index in entry.tensors:
+        check_tensor_name(name)
+        if name in names:
+            raise BadInput(f"tensor {quoted(name)} is there twice")
+        names.add(name)
+        if not 0 <= index < len(sizes):
+            raise BadInput(f"tensor {quoted(name)} is object {index} of {len(sizes)}")
+        if tensor_size_bytes(dtype, shape) != sizes[index]:
+            raise BadInput(
+                f"tensor {quoted(name)} is of {sizes[index]} bytes, "
+                "which its dtype and shape contradict"
+            )
+        # A tensor's own object has to be in a file; what is empty cannot be.
+        if not sizes[index] or index >= first_recipe:
+            used[index] = 1
+
+
+def in_file_order(entry: FileEntry, sizes: Sequence[int]) -> bool:
+    """Tell whether each tensor is a part of its file, none before the one ahead of it."""
+    parts, position = entry.parts, 0
+    for tensor in entry.tensors:
+        if not sizes[tensor.object_index]:
+            continue
+        # One walk along the parts finds them all; a tied tensor stays where it stands.
+        while position < len(parts) and parts[position] != tensor.object_index:
+            position += 1
+        if position == len(parts):
+            return False
+    return True
