@@ -15,6 +15,7 @@ from tensorswarm.store.errors import TensorswarmError
 from tensorswarm.store.store import Store
 
 from . import wire
+from .access import Access
 from .discovery import Discovery
 from .neighbours import Neighbours
 
@@ -28,14 +29,17 @@ SYNC_INTERVAL_S = 5.0
 """How often a node puts what it verified onto stable storage."""
 
 
-def announceable(store: Store) -> dict[bytes, int]:
+def announceable(store: Store, access: Access) -> dict[bytes, int]:
     """Return what a store should announce: digests and sizes, models first.
 
-    Blocks on the disk: call it in a worker thread.
+    Nothing of what only private models contain is announced. Blocks on the disk: call it
+    in a worker thread.
     """
     found: dict[bytes, int] = {}
     tensors: dict[bytes, int] = {}
     for model in store.models():
+        if not access.is_announced(model.digest):
+            continue
         manifest = store.manifest(model.digest)
         if manifest is None:
             continue
@@ -60,6 +64,8 @@ class Announcer:
         Where it is announced.
     neighbours : Neighbours
         Who hears of news.
+    access : Access
+        What is for whom; kept up to date here.
     log : callable
         Takes one line for people.
     """
@@ -69,9 +75,11 @@ class Announcer:
         store: Store,
         discovery: Discovery,
         neighbours: Neighbours,
+        access: Access,
         log: Callable[[str], None],
     ) -> None:
         self._store = store
+        self._access = access
         self._discovery = discovery
         self._neighbours = neighbours
         self._log = log
@@ -85,6 +93,8 @@ class Announcer:
             while True:
                 try:
                     version = await trio.to_thread.run_sync(self._store.change_count)
+                    if await trio.to_thread.run_sync(self._access.refresh):
+                        seen = None
                     if version != seen:
                         seen = version
                         await self._announce_new()
@@ -93,7 +103,7 @@ class Announcer:
                 await trio.sleep(WATCH_INTERVAL_S)
 
     async def _announce_new(self) -> None:
-        present = await trio.to_thread.run_sync(announceable, self._store)
+        present = await trio.to_thread.run_sync(announceable, self._store, self._access)
         new = {digest: size for digest, size in present.items() if digest not in self._known}
         gone = [digest for digest in self._known if digest not in present]
         self._discovery.withdraw(gone)

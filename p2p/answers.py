@@ -12,6 +12,7 @@ from tensorswarm.store.manifest import MAX_MANIFEST_BYTES
 from tensorswarm.store.store import Store
 
 from . import wire, wire_limits
+from .access import Access
 
 MAX_BLOB_BYTES = MAX_MANIFEST_BYTES
 """Largest blob given on the control stream. Anything larger belongs on the bulk plane,
@@ -19,14 +20,45 @@ where it does not keep other messages waiting."""
 
 
 class Answers:
-    """Answers from one store."""
+    """Answers from one store, to one peer.
 
-    def __init__(self, store: Store) -> None:
+    Parameters
+    ----------
+    store : Store
+        What is told of.
+    access : Access, optional
+        Who may have what; without it, everybody everything.
+    peer_id : str
+        Who asks.
+    """
+
+    def __init__(self, store: Store, access: Access | None = None, peer_id: str = "") -> None:
         self._store = store
+        self._access = access
+        self._peer_id = peer_id
+
+    def to(self, peer_id: str) -> Answers:
+        """Return the answers that are for a certain peer."""
+        return Answers(self._store, self._access, peer_id)
+
+    def may_have(self, digest: bytes) -> bool:
+        """Tell whether the peer may have an object, or know that it is here."""
+        return self._access is None or self._access.may_have(self._peer_id, digest)
+
+    def refuses(self, digests: Sequence[bytes]) -> bool:
+        """Tell whether to refuse a request: nothing of it is here that the peer may have.
+
+        A node without lists never refuses: it says that it does not hold it.
+        """
+        if self._access is None or not self._access.is_guarded:
+            return False
+        here = self._store.records(list(digests))
+        return not any(self.may_have(digest) for digest in here)
 
     def holdings(self, digests: Sequence[bytes]) -> list[wire.HaveEntry]:
         """Return what the store has of each digest, whole or in part."""
         held = self._store.holdings(digests)
+        held = {digest: each for digest, each in held.items() if self.may_have(digest)}
         return [
             wire.HaveEntry(digest, holding.size_bytes, holding.proved, holding.chunk_list)
             for digest, holding in held.items()
@@ -40,6 +72,9 @@ class Answers:
         for digest, offset in items:
             reader = self._store.open_whole(digest)  # a part may match a false list only
             if reader is None:
+                continue
+            if not self.may_have(digest):
+                reader.close()
                 continue
             try:
                 size = reader.size_bytes
@@ -60,7 +95,7 @@ class Answers:
     def chunk_list(self, request: wire.GetChunkList) -> wire.ChunkListIs:
         """Return an object's size and its chunk list's digest, as far as we know them."""
         record = self._store.records([request.digest]).get(request.digest)
-        if record is None:
+        if record is None or not self.may_have(request.digest):
             return wire.ChunkListIs(request.request_id, request.digest, -1, b"")
         return wire.ChunkListIs(
             request.request_id, request.digest, record.size_bytes, record.chunk_list

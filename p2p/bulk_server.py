@@ -139,6 +139,8 @@ class BulkServer:
         Holds what is sent in all below a rate.
     read_small : callable, optional
         Reads many small objects at once; by default, one after the other.
+    may_have : callable, optional
+        Tells whether a peer may have an object; if not, it is answered as missing.
     """
 
     def __init__(
@@ -157,10 +159,12 @@ class BulkServer:
         min_read_bytes_per_s: float = MIN_READ_BYTES_PER_S,
         limiter: RateLimiter | None = None,
         read_small: SmallObjects | None = None,
+        may_have: Callable[[str, bytes], bool] = lambda _peer_id, _digest: True,
     ) -> None:
         self._identity = identity
         self._open_reader = open_reader
         self._read_small = read_small or partial(read_each, open_reader)
+        self._may_have = may_have
         self._allow = allow
         self._wanted_address = (host, port)
         self._times = _Times(
@@ -263,6 +267,7 @@ class BulkServer:
             self._limiter,
         )
         connection.read_small = self._read_small
+        connection.may_have = self._may_have
         if not self._table.admit(connection):
             sock.close()
             return
@@ -314,6 +319,7 @@ class _Connection:
         self.proved = False
         self.idle_since: float | None = None
         self.read_small: SmallObjects = partial(read_each, open_reader)
+        self.may_have: Callable[[str, bytes], bool] = lambda _peer_id, _digest: True
         self.thread = threading.Thread(target=self._run, name=f"bulk-serve-{host}", daemon=True)
         self._raw = sock
         self._busy = False
@@ -448,7 +454,11 @@ class _Connection:
         except ProtocolError:
             self._finish(http1.bad_request())
             raise
-        found = self.read_small(request.objects)
+        objects = request.objects
+        found = [
+            data if self.may_have(self._name, digest) else None
+            for (digest, _), data in zip(objects, self.read_small(objects), strict=True)
+        ]
         head, answer = exchange.answer(found)
         self._put(head)
         view = memoryview(answer)
@@ -476,6 +486,8 @@ class _Connection:
         A reader knows what was proved when it was opened: one that does not cover the
         range is opened again, for the rest may have come since.
         """
+        if not self.may_have(self._name, request.digest):
+            return None
         if self._reader is not None:
             digest, reader = self._reader
             if digest == request.digest and reader.covers(request.offset, request.length):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 import socket
 import threading
+from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import BaseServer
@@ -53,16 +54,25 @@ class Gateway:
     limiter : RateLimiter, optional
         Holds what is sent below a rate, fairly between the clients' addresses.
 
+    is_public : callable, optional
+        Tells whether anybody may have an object; others are answered as missing.
+
     Raises
     ------
     BadInput
         The address is malformed or cannot be listened on.
     """
 
-    def __init__(self, store: Store, address: str, limiter: RateLimiter | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        address: str,
+        limiter: RateLimiter | None = None,
+        is_public: Callable[[bytes], bool] = lambda _digest: True,
+    ) -> None:
         host, port = tcp_host(parse_listen(address))
         try:
-            self._server = _Server((host, port), store, limiter)
+            self._server = _Server((host, port), store, limiter, is_public)
         except OSError as error:
             raise BadInput(f"cannot serve HTTP on {address}: {error.strerror}") from error
         self._thread = threading.Thread(
@@ -100,7 +110,14 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, address: tuple[str, int], store: Store, limiter: RateLimiter | None) -> None:
+    def __init__(
+        self,
+        address: tuple[str, int],
+        store: Store,
+        limiter: RateLimiter | None,
+        is_public: Callable[[bytes], bool],
+    ) -> None:
+        self.is_public = is_public
         self.store = store
         self.limiter = limiter
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
@@ -133,6 +150,7 @@ class _Handler(BaseHTTPRequestHandler):
         assert isinstance(server, _Server)
         self._store = server.store
         self._limiter = server.limiter
+        self._is_public = server.is_public
         super().__init__(request, client_address, server)  # type: ignore[arg-type]
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
@@ -151,7 +169,7 @@ class _Handler(BaseHTTPRequestHandler):
             parts = self._parts()
         except (BadInput, UnicodeDecodeError):
             parts = None
-        if not parts:
+        if not parts or not all(self._is_public(digest) for digest, _ in parts):
             self.send_error(HTTPStatus.NOT_FOUND)
             return
         size = sum(part.size_bytes for part in parts)

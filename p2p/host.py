@@ -105,6 +105,8 @@ class Host:
         or a load balancer leads here.
     max_connections : int
         Connections in all.
+    network_key : bytes, optional
+        Of the private network to belong to (`pnet`); without it, the public one.
 
     Raises
     ------
@@ -126,6 +128,7 @@ class Host:
         *,
         announce: Sequence[str] = (),
         max_connections: int = MAX_CONNECTIONS,
+        network_key: bytes | None = None,
     ) -> None:
         self.key_pair = key_pair or create_new_key_pair()
         self.peer_id = str(ID.from_pubkey(self.key_pair.public_key))
@@ -141,6 +144,7 @@ class Host:
             self.key_pair,
             max_connections=max_connections,
             own_addrs=lambda: self._told,
+            network_key=network_key,
         )
         self._identified_listeners: list[Callable[[str], None]] = []
         self._peerstore.on_protocols = self._tell_identified

@@ -44,6 +44,7 @@ from libp2p.abc import INetConn, INetStream, INotifee
 from libp2p.crypto.keys import KeyPair
 from libp2p.crypto.x25519 import create_new_key_pair as create_new_x25519_key_pair
 from libp2p.host.basic_host import BasicHost
+from libp2p.network import swarm as swarm_module
 from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.network.connection import swarm_connection
@@ -63,6 +64,7 @@ from tensorswarm.store.errors import BadInput
 
 from .addresses import MAX_ADDRS_PER_PEER, believable, tcp_host
 from .host_stream import is_ending
+from .pnet import ProtectedConnection
 
 log = logging.getLogger(__name__)
 
@@ -165,6 +167,7 @@ def build(
     *,
     max_connections: int,
     own_addrs: Callable[[], Sequence[str]],
+    network_key: bytes | None = None,
 ) -> tuple[BasicHost, Swarm, GuardedPeerStore]:
     """Make a py-libp2p host, not running yet.
 
@@ -176,8 +179,11 @@ def build(
         Connections in all.
     own_addrs : callable
         Gives the multiaddrs to tell other peers, at each moment.
+    network_key : bytes, optional
+        Of the private network that all connections belong to.
     """
     quiet_logging()
+    vars(swarm_module)["new_protected_conn"] = ProtectedConnection  # see `pnet`
     config = ConnectionConfig(
         max_connections=max_connections,
         min_connections=0,  # all of them may be inbound: a hub has only such
@@ -211,6 +217,7 @@ def build(
         peerstore_opt=peerstore,
         connection_config=config,
         resource_manager=resources,
+        psk=network_key.hex() if network_key is not None else None,
         addrs_factory=lambda _listening: [Multiaddr(addr) for addr in own_addrs()],
         # Outbound connections leave from chance ports: what others observe is of no use.
         disable_identify_address_discovery=True,

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import trio
 
-from tensorswarm.store.errors import NoSource, NotFound, ProtocolError, RemoteError
+from tensorswarm.store.errors import NoSource, NotFound, ProtocolError, Refused, RemoteError
 
 from .neighbour import Neighbour
 from .search import MAX_KEYS_PER_ROUND, Search
@@ -63,6 +63,7 @@ class Inquiry:
         self._search = search
         self._timeout_s = timeout_s
         self.distrusted: set[str] = set()
+        self._refused = False
 
     def network_answers(self) -> bool:
         """Tell whether anybody at all has been reached."""
@@ -89,6 +90,8 @@ class Inquiry:
         ------
         NotFound
             Peers were reached, and none of them has it.
+        Refused
+            The same, and some of them refused to say.
         NoSource
             Nobody was reached in time.
         """
@@ -143,6 +146,8 @@ class Inquiry:
                 await neighbour.close()
             except RemoteError as error:
                 self._search.note_failure(neighbour.peer_id, error)
+                if isinstance(error, Refused):
+                    self._refused = True
             else:
                 if answer is not None:
                     answers.append(answer)
@@ -160,6 +165,11 @@ class Inquiry:
         late = trio.current_time() >= deadline
         if self.network_answers():
             if late or number + 1 >= FRUITLESS_ROUNDS:
+                if self._refused:
+                    raise Refused(
+                        f"{what} was refused: the peers that could be asked do not have it, or "
+                        f"not for this node{tail}"
+                    )
                 raise NotFound(f"{what} was not found: no peer that could be asked has it{tail}")
         elif not self._services.bootstrap:
             raise NoSource(

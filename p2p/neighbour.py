@@ -16,7 +16,7 @@ from typing import Protocol
 import trio
 
 from tensorswarm.store.digest import digest_of
-from tensorswarm.store.errors import BadInput, NoSource, ProtocolError, RemoteError
+from tensorswarm.store.errors import BadInput, NoSource, ProtocolError, Refused, RemoteError
 
 from . import wire, wire_limits
 from .answers import Answers
@@ -204,6 +204,10 @@ class Neighbour:
             match request:
                 case wire.Want():
                     await self._answer_want(request)
+                case wire.GetBlobs() if await self._refuses([item[0] for item in request.items]):
+                    await self._refuse(request.request_id)
+                case wire.GetChunkList() if await self._refuses([request.digest]):
+                    await self._refuse(request.request_id)
                 case wire.GetBlobs():
                     frames = self._answers.blob_frames(request)
                     while (frame := await trio.to_thread.run_sync(next, frames, None)) is not None:
@@ -217,6 +221,14 @@ class Neighbour:
                     await self._send(
                         wire.Peers(request.request_id, tuple(entries[: wire_limits.MAX_PEERS]))
                     )
+
+    async def _refuses(self, digests: Sequence[bytes]) -> bool:
+        return await trio.to_thread.run_sync(self._answers.refuses, digests)
+
+    async def _refuse(self, request_id: int) -> None:
+        """Refuse in the same words whether it is missing or not for this peer."""
+        text = "not here, or not for you"
+        await self._send(wire.Refusal(request_id, wire_limits.CODE_NOT_ALLOWED, text))
 
     async def _answer_want(self, want: wire.Want) -> None:
         if len(self.interests.union(want.digests)) > wire_limits.MAX_SUBSCRIPTIONS:
@@ -262,6 +274,8 @@ class Neighbour:
                 raise NoSource(f"peer {self.peer_id} did not answer in time") from error
             except (trio.EndOfChannel, trio.ClosedResourceError) as error:
                 raise NoSource(f"peer {self.peer_id} left before it answered") from error
+            if isinstance(frame, wire.Refusal) and frame.code == wire_limits.CODE_NOT_ALLOWED:
+                raise Refused(f"peer {self.peer_id} refused: {frame.text}")
             if isinstance(frame, wire.Refusal):
                 raise NoSource(f"peer {self.peer_id} refused: {frame.text}")
             yield frame

@@ -121,7 +121,7 @@ class Neighbours:
         if peer.peer_id not in self._host.connected():
             await self._host.connect_peer(peer, timeout_s)
         stream = await self._host.open_stream(peer.peer_id, wire_limits.PROTOCOL_ID, timeout_s)
-        neighbour = Neighbour(peer.peer_id, stream, self._answers, self)
+        neighbour = Neighbour(peer.peer_id, stream, self._answers.to(peer.peer_id), self)
         try:
             await neighbour.greet(self._hello())
         except BaseException:
@@ -134,7 +134,7 @@ class Neighbours:
         return neighbour
 
     async def _accept(self, peer_id: str, stream: Stream) -> None:
-        neighbour = Neighbour(peer_id, stream, self._answers, self)
+        neighbour = Neighbour(peer_id, stream, self._answers.to(peer_id), self)
         try:
             await neighbour.greet(self._hello())
         except RemoteError:
@@ -178,6 +178,8 @@ class Neighbours:
 
     def peers_for(self, digest: bytes, asker: str) -> list[wire.PeerEntry]:
         """Return neighbours that hold or want an object; any, for an empty digest."""
+        if digest and not self._answers.to(asker).may_have(digest):
+            return []
         return [
             wire.PeerEntry(peer_id, neighbour.hello.addrs[: wire_limits.MAX_PEER_ADDRS])
             for peer_id, neighbour in self._table.items()
@@ -192,7 +194,12 @@ class Neighbours:
         """Tell every neighbour the news it asked to hear."""
         news = list(entries)
         for neighbour in self.all():
-            wanted = [entry for entry in news if entry.digest in neighbour.interests]
+            may_have = self._answers.to(neighbour.peer_id).may_have
+            wanted = [
+                entry
+                for entry in news
+                if entry.digest in neighbour.interests and may_have(entry.digest)
+            ]
             if not wanted:
                 continue
             try:

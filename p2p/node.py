@@ -24,6 +24,7 @@ from tensorswarm.store.store import Store
 from tensorswarm.store.version import VERSION
 
 from . import wire, wire_limits
+from .access import Access
 from .addresses import PeerAddress, is_loopback, tcp_host
 from .announcer import Announcer
 from .answers import Answers
@@ -37,6 +38,7 @@ from .identity import identity_for
 from .mdns import Mdns
 from .neighbours import Neighbours
 from .node_state import remove_state, write_state
+from .pnet import fingerprint, read_key
 from .rates import limiter_of
 from .results import FetchResult
 from .routes import Routes, bulk_candidates, bulk_told
@@ -76,6 +78,8 @@ class Node:
     mdns : bool, optional
         Whether to look for peers on the local network, and as a server to be found
         there. By default a server does that listens on more than loopback.
+    network : Path, optional
+        File with the key of the private network to belong to.
     seed : int, optional
         Seed of all random choices; from the system by default.
     upload_limit, download_limit : float or str, optional
@@ -105,6 +109,7 @@ class Node:
         bulk_port: int = 0,
         server: bool = True,
         mdns: bool | None = None,
+        network: Path | str | None = None,
         seed: int | None = None,
         upload_limit: float | str | None = None,
         download_limit: float | str | None = None,
@@ -113,6 +118,7 @@ class Node:
         self._bootstraps = Bootstraps(bootstrap)
         self._listen = tuple(listen) or (_default_listen(self._bootstraps),)
         self._mdns = mdns
+        self._network_key = read_key(Path(network)) if network is not None else None
         self._bulk_port = bulk_port
         self._server = server
         self._rng = random.Random(seed)
@@ -157,9 +163,13 @@ class Node:
         if lock is not None:
             stack.callback(lock.release)
         self._identity = BulkIdentity(key_pair)
-        self._host = await stack.enter_async_context(Host(key_pair, self._listen))
+        self._host = await stack.enter_async_context(
+            Host(key_pair, self._listen, network_key=self._network_key)
+        )
         self.peer_id = self._host.peer_id
-        self.neighbours = Neighbours(self._host, Answers(self.store), self._hello)
+        self.access = await trio.to_thread.run_sync(Access, self.store)
+        answers = Answers(self.store, self.access)
+        self.neighbours = Neighbours(self._host, answers, self._hello)
         self._bulk = BulkServer(
             self._identity,
             self.store.open_reader,
@@ -167,6 +177,7 @@ class Node:
             host=_bulk_host(self._host.addrs()),
             port=self._bulk_port,
             read_small=self.store.read_small,
+            may_have=self.access.may_have,
             limiter=self.upload_limiter,
         )
         if self.download_limiter is not None:
@@ -174,7 +185,10 @@ class Node:
         self._bulk.start()
         stack.callback(self._bulk.close)
         self._streams = StreamServer(
-            self.store.open_reader, self.neighbours.is_neighbour, limiter=self.upload_limiter
+            self.store.open_reader,
+            self.neighbours.is_neighbour,
+            limiter=self.upload_limiter,
+            may_have=self.access.may_have,
         )
         self._host.set_handler(BULK_STREAM_PROTOCOL, self._streams.handle)
         self._routes = Routes(
@@ -206,7 +220,9 @@ class Node:
         )
         self._nursery.start_soon(bootstrapper.run)
         if self._server:
-            announcer = Announcer(self.store, self.discovery, self.neighbours, log.info)
+            announcer = Announcer(
+                self.store, self.discovery, self.neighbours, self.access, log.info
+            )
             self._nursery.start_soon(announcer.run)
         if lock is not None and self._server:
             write_state(self.store.place, self._state())
@@ -218,7 +234,12 @@ class Node:
         is_near_only = all(is_loopback(addr) for addr in addrs)
         if not (self._server and not is_near_only if self._mdns is None else self._mdns):
             return None
-        return Mdns(self.peer_id, addrs if self._server else ())
+        key = self._network_key
+        return Mdns(
+            self.peer_id,
+            addrs if self._server else (),
+            fingerprint=fingerprint(key) if key is not None else "",
+        )
 
     def _hello(self) -> wire.Hello:
         _, port = self._bulk.address

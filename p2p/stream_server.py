@@ -92,6 +92,8 @@ class StreamServer:
         From a peer id to whether it may have anything.
     limiter : RateLimiter, optional
         Holds what is sent in all below a rate.
+    may_have : callable, optional
+        Tells whether a peer may have an object; if not, it is answered as missing.
     max_streams, max_streams_per_peer : int, optional
         Streams served at once; further ones are answered 503.
     first_request_timeout_s, idle_timeout_s, send_timeout_s : float, optional
@@ -104,6 +106,7 @@ class StreamServer:
         allow: Callable[[str], bool],
         *,
         limiter: RateLimiter | None = None,
+        may_have: Callable[[str, bytes], bool] = lambda _peer_id, _digest: True,
         max_streams: int = MAX_STREAMS,
         max_streams_per_peer: int = MAX_STREAMS_PER_PEER,
         first_request_timeout_s: float = FIRST_REQUEST_TIMEOUT_S,
@@ -112,6 +115,7 @@ class StreamServer:
     ) -> None:
         self.open_reader = open_reader
         self.allow = allow
+        self.may_have = may_have
         self.limiter = limiter
         self.slice_bytes = min(SLICE_BYTES, limiter.slice_bytes) if limiter else SLICE_BYTES
         # Threads of their own: those who wait for a turn must not keep others from the disk.
@@ -252,6 +256,8 @@ class _Service:
 
         Otherwise the object is opened again: a reader knows what was proved then.
         """
+        if not self._server.may_have(self._peer_id, request.digest):
+            return None
         if self._reader is not None:
             digest, reader = self._reader
             if digest == request.digest and reader.covers(request.offset, request.length):

@@ -234,10 +234,12 @@ def fetch_into(
     upload_limit: RateLimit = None,
     download_limit: RateLimit = None,
     mdns: bool = True,
+    network: Path | None = None,
 ) -> FetchResult:
     """Fetch into an open store; starts a node for it only when something is missing.
 
-    With `mdns`, a fetch that knows neither peers nor origins asks the local network.
+    `network` is the key file of a private network. With `mdns`, a fetch that knows
+    neither peers nor origins asks the local network.
 
     Raises
     ------
@@ -258,6 +260,7 @@ def fetch_into(
             on_progress,
             limits,
             mdns,
+            network,
         )
     if out is not None:
         result.path = export_result(store, result, include, out)
@@ -288,6 +291,7 @@ def _fetch_from_network(
     on_progress: Progress | None,
     limits: tuple[RateLimit, RateLimit],
     mdns: bool,
+    network: Path | None,
 ) -> FetchResult:
     import trio
 
@@ -313,6 +317,7 @@ def _fetch_from_network(
                 bootstrap=peers,
                 server=False,
                 mdns=mdns,
+                network=network,
                 upload_limit=limits[0],
                 download_limit=limits[1],
             ) as node,

@@ -24,7 +24,7 @@ from tensorswarm.store.errors import BadInput, TensorswarmError
 from tensorswarm.store.version import VERSION
 
 from ..api import DEFAULT_TIMEOUT_S, default_store
-from . import commands, upkeep
+from . import commands, sharing, upkeep
 from .output import Output
 from .simulate import simulate
 
@@ -104,6 +104,12 @@ def build_parser() -> Parser:
         "@FILE with one a line (default: the node that runs on this store)",
     )
     network.add_argument(
+        "--network",
+        type=Path,
+        metavar="KEYFILE",
+        help="the private network of this key: see `tensorswarm network-key`",
+    )
+    network.add_argument(
         "--no-mdns",
         dest="mdns",
         action="store_false",
@@ -119,6 +125,7 @@ def build_parser() -> Parser:
         return sub
 
     _add_local_commands(command)
+    _add_sharing_commands(command)
     _add_upkeep_commands(command)
     _add_network_commands(command, network)
     _add_simulation_command(command)
@@ -160,6 +167,23 @@ def _add_upkeep_commands(command: Callable[..., Parser]) -> None:
     sub.add_argument("refs", nargs="+", metavar="REF", help="ids of models and tensors")
     sub = command("gc", upkeep.gc, "drop what no model and no pin needs")
     sub.add_argument("--dry-run", action="store_true", help="only say what would be dropped")
+
+
+def _add_sharing_commands(command: Callable[..., Parser]) -> None:
+    sub = command("share", sharing.share, "say whom a model is for; alone, show it")
+    sub.add_argument("ref", metavar="REF")
+    choice = sub.add_mutually_exclusive_group()
+    choice.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="PEERID",
+        help="only for this peer, and others named likewise; not announced",
+    )
+    choice.add_argument("--private", action="store_true", help="for everybody, but not announced")
+    choice.add_argument("--public", action="store_true", help="for everybody, and announced")
+    sub = command("network-key", sharing.network_key, "make the key file of a private network")
+    sub.add_argument("file", type=Path, metavar="FILE")
 
 
 def _add_network_commands(command: Callable[..., Parser], network: Parser) -> None:

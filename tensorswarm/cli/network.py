@@ -43,6 +43,7 @@ def fetch(args: argparse.Namespace, output: Output) -> int:
                 download_limit=args.download_limit,
                 on_progress=show,
                 mdns=args.mdns,
+                network=args.network,
             )
         if args.out is not None:
             result.path = export_result(store, result, args.include, args.out)
@@ -100,10 +101,14 @@ def node(args: argparse.Namespace, output: Output) -> int:
                     upload_limit=args.upload_limit,
                     download_limit=args.download_limit,
                     mdns=None if args.mdns else False,
+                    network=args.network,
                 ) as running,
             ):
                 limiter = running.upload_limiter
-                gateway = Gateway(running.store, args.http, limiter) if args.http else None
+                gateway = None
+                if args.http:
+                    is_public = running.access.is_public
+                    gateway = Gateway(running.store, args.http, limiter, is_public)
                 if gateway is not None:
                     gateway.start()
                 try:
@@ -164,7 +169,10 @@ def peers(args: argparse.Namespace, output: Output) -> int:
         raise NoSource("there is nobody to ask: give --bootstrap, or start a node on this store")
 
     async def main() -> list[dict[str, Any]]:
-        async with one_error(), Node(args.store, bootstrap=bootstrap, server=False) as asking:
+        async with (
+            one_error(),
+            Node(args.store, bootstrap=bootstrap, server=False, network=args.network) as asking,
+        ):
             return await survey(asking, ref.digest if ref else b"", args.timeout)
 
     begun = time.monotonic()
