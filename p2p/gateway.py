@@ -169,7 +169,7 @@ class _Handler(BaseHTTPRequestHandler):
             parts = self._parts()
         except (BadInput, UnicodeDecodeError):
             parts = None
-        if not parts or not all(self._is_public(digest) for digest, _ in parts):
+        if not parts or not all(self._is_public(part.digest) for part in parts):
             self.send_error(HTTPStatus.NOT_FOUND)
             return
         size = sum(part.size_bytes for part in parts)
