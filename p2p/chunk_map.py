@@ -269,11 +269,12 @@ class ChunkMap:
             planes.pop()
         self.counted_blocks -= not planes
 
-    def rarest(self, block: int, candidates: int) -> tuple[int, int]:
+    def rarest(self, block: int, candidates: int, *, is_exact: bool = False) -> tuple[int, int]:
         """Return the smallest count among candidates, and those that have it.
 
-        The count is cut to its two leading bits (0, 1, 2, 3, 4–5, 6–7, 8–11 …):
-        who tells 8 holders from 9 gets single chunks where runs would do.
+        Unless it is to be exact, the count is cut to its two leading bits (0, 1, 2, 3,
+        4–5, 6–7, 8–11 …): who tells 8 holders from 9 gets single chunks where runs
+        would do.
         """
         planes = self._planes[block]
         rarity = 0
@@ -285,7 +286,7 @@ class ChunkMap:
             if fewer:
                 candidates = fewer
             else:
-                lowest = lowest if rarity else max(i - 1, 0)
+                lowest = lowest if rarity or is_exact else max(i - 1, 0)
                 rarity |= 1 << i
         return rarity, candidates
 

@@ -11,6 +11,9 @@ The order of rules:
    a fresh one is begun at a random place, so that several nodes that download the
    same model from one seed soon have different chunks to give each other.
 
+In a crowd (`pick_scattered`) the third rule is another: among the rarest, counted
+exactly, one at random; and the first few chunks of a download wholly at random.
+
 Blocks are compared by sampling the source's live blocks, at most
 `PlannerLimits.sample_blocks` per search, so a search costs the same for a thousand
 chunks and for a million. Up to 16 blocks (4,096 chunks) the comparison is complete.
@@ -177,6 +180,35 @@ class Picker:
             choice = self.best(source)
             if choice is None or not self._take(source, *choice, draft):
                 break
+        return draft
+
+    def pick_scattered(self, source: SourceState, room_bytes: int, *, by_rarity: bool) -> Draft:
+        """Take free chunks for a request, the first one at random among the rarest."""
+        draft = Draft(room_bytes, self._limits.max_request_spans)
+        if not self.has_free(source):
+            return draft
+        chunks = self._chunks
+        fewest, ties = 1 << 30, 0
+        block = choices = -1
+        for candidate in self._sample(source, None):
+            mask = chunks.free[candidate] & source.held[candidate]
+            rarity = 0
+            if by_rarity:
+                rarity, mask = chunks.rarest(candidate, mask, is_exact=True)
+            count = mask.bit_count()
+            if rarity < fewest:
+                fewest, ties = rarity, 0
+            elif rarity > fewest:
+                continue
+            ties += count
+            if self._rng.random() * ties < count:
+                block, choices = candidate, mask
+        turn = int(self._rng.random() * BLOCK_CHUNKS)
+        start = turn + zeros(later) if (later := choices >> turn) else zeros(choices)
+        width = ones(choices >> start)
+        count = draft.add(chunks, block * BLOCK_CHUNKS + start, width)
+        if count:
+            chunks.take(block, (1 << count) - 1 << start, draft.size_bytes)
         return draft
 
     def _take(self, source: SourceState, block: int, mask: int, draft: Draft) -> bool:

@@ -22,6 +22,9 @@ Rules
   its files may have changed, and which ones, the owner can tell better.
 - A failed request drops its source, except when the source merely lacks something.
   The owner may bring back anyone but a liar, under the same name.
+- With other members of a swarm in sight (`set_members`) it plans for all of them: single
+  chunks, one request a source, rare ones first, ties at random, and nothing of an origin
+  that another member is to fetch (`origin_duty`). Copies only when nothing is free.
 - Every request in flight has a deadline. Every table has a limit (`PlannerLimits`).
 
 Cost: what one chunk costs does not depend on the number of chunks (`chunk_map`,
@@ -34,7 +37,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 
 from tensorswarm.store.digest import CHUNK_SIZE
@@ -43,7 +46,8 @@ from . import deadlines
 from .chunk_map import BLOCK_CHUNKS, ChunkMap
 from .endgame import EndGame
 from .flights import Flights
-from .picker import Picker
+from .origin_duty import OriginDuty
+from .picker import Draft, Picker
 from .source import Failure
 from .source_state import OpenRequest, SourceState
 from .source_table import SourceTable
@@ -96,6 +100,9 @@ class Planner:
         For some objects a `Priority` other than 0.
     limits : PlannerLimits, optional
         The numbers that steer it.
+    keys : sequence of bytes, optional
+        What each object is called in the whole swarm (its digest); needed to share
+        origin duty with members that want other objects besides.
 
     Raises
     ------
@@ -112,6 +119,7 @@ class Planner:
         proved: Mapping[int, bytes] = _NO_BITMAPS,
         priorities: Mapping[int, Priority] = _NONE,
         limits: PlannerLimits | None = None,
+        keys: Sequence[bytes] | None = None,
     ) -> None:
         self.limits = limits or PlannerLimits()
         self._chunks = ChunkMap(
@@ -130,6 +138,13 @@ class Planner:
         self._endgame = EndGame(
             self._sources, self._flights, self._chunks, self._picker, self.limits
         )
+        if keys is None:
+            keys = [i.to_bytes(8, "little") for i in range(len(sizes_bytes))]
+        self._duty = OriginDuty(self._chunks, keys, self.limits)
+        self._moved_at: float | None = None
+        self._crowd_since = 0.0
+        self._proved_chunks = 0
+        self._is_last_call = False
         self._check_at = math.inf
         self._relook_at = math.inf
         self._proved_bytes = self._duplicate_bytes = self._refused_bytes = 0
@@ -206,8 +221,34 @@ class Planner:
         self._hungry.pop(source, None)
         self._picker.settle(state, -1)
         state.uncount(self._chunks)
+        self._duty.look_again()
+        for other in self._sources.values() if self._duty.is_shared else ():
+            if other.kind is SourceKind.ORIGIN:
+                self._make_hungry(other)
         for request in list(state.requests.values()):
             self._set_free(self._flights.close(now, request))
+
+    def set_members(self, now: float, key: bytes, me: str, others: Collection[str]) -> None:
+        """Note who else downloads the same and can reach the same origins.
+
+        Parameters
+        ----------
+        now : float
+            The time.
+        key : bytes
+            The swarm's key; ranks are made from it.
+        me : str
+            Our own name in the swarm.
+        others : collection of str
+            The other members in sight; none ends the sharing.
+        """
+        was_shared = self._duty.is_shared
+        self._duty.set_members(key, me, others)
+        if self._duty.is_shared and not was_shared:
+            self._crowd_since = now
+        for state in self._sources.values():
+            if state.kind is SourceKind.ORIGIN or was_shared != self._duty.is_shared:
+                self._make_hungry(state)
 
     def _bar_refused(self, state: SourceState) -> None:
         """Keep a source from the chunks that it gave wrongly before."""
@@ -257,6 +298,8 @@ class Planner:
             self.chunk_duplicate(now, source, object_index, chunk, byte_count)
             return
         self._proved_bytes += byte_count
+        self._proved_chunks += 1
+        self._moved_at = now
         record, state = self._table.who(source)
         if record is not None:
             record.proved_bytes += byte_count
@@ -376,6 +419,8 @@ class Planner:
             self._chunks.put_back(position)
             block, offset = divmod(position, BLOCK_CHUNKS)
             returned[block] = returned.get(block, 0) | 1 << offset
+        if positions:
+            self._duty.look_again()
         for block, mask in returned.items():
             level = self._chunks.level_of[block]
             for state in self._sources.values():
@@ -414,6 +459,8 @@ class Planner:
             self._check_deadlines(now)
         if now >= self._relook_at:
             self._wake(now)
+        if self._duty.is_shared:
+            self._call_last(now)
         hungry = [self._sources[name] for name in self._hungry]
         hungry.sort(key=lambda state: -(state.rate.bytes_per_s or 0.0))
         self._hungry.clear()
@@ -437,6 +484,9 @@ class Planner:
         room_bytes = self._room_bytes(state)
         if not room_bytes:
             return False
+        if self._duty.is_shared:
+            draft = self._draft_in_crowd(now, state, room_bytes)
+            return bool(draft.positions) and self._ask(now, state, draft)
         if self._endgame.should_wait(now, state):
             self._park(now, state)
             return False
@@ -445,8 +495,9 @@ class Planner:
             draft = self._endgame.draft_copies(now, state, room_bytes)
             if not draft.positions:
                 self._park(now, state)
-        if not draft.positions:
-            return False
+        return bool(draft.positions) and self._ask(now, state, draft)
+
+    def _ask(self, now: float, state: SourceState, draft: Draft) -> bool:
         self._outbox.append(Ask(self._flights.open(now, state, draft)))
         self._check_at = min(self._check_at, now + self.limits.stall_s)
         return True
@@ -456,6 +507,13 @@ class Planner:
         limits = self.limits
         count = len(state.requests)
         rate = state.rate.bytes_per_s
+        if self._duty.is_shared:
+            is_crowd = len(self._sources) >= limits.crowd_sources
+            most = limits.crowd_requests if is_crowd else limits.min_requests_per_source
+            if count >= most:
+                return 0
+            size_bytes = int((rate or 0.0) * limits.crowd_queue_s)
+            return max(CHUNK_SIZE, min(size_bytes, limits.max_request_chunks * CHUNK_SIZE))
         if rate is None:
             return CHUNK_SIZE if count < limits.min_requests_per_source else 0
         target_bytes = rate * limits.queue_s
@@ -470,15 +528,64 @@ class Planner:
             size_bytes = min(size_bytes, int(share * self._chunks.free_bytes))
         return max(CHUNK_SIZE, min(size_bytes, limits.max_request_chunks * CHUNK_SIZE))
 
+    # among other members
+
+    def _draft_in_crowd(self, now: float, state: SourceState, room_bytes: int) -> Draft:
+        """Choose what to ask a source for while others download the same."""
+        limits = self.limits
+        moved_at = self._crowd_since if self._moved_at is None else self._moved_at
+        if state.kind is SourceKind.ORIGIN and not self._is_origin_far_ahead(now, state):
+            turn_at = self._duty.turn_at(moved_at)
+            if now < turn_at:
+                self._park_until(state, turn_at)
+                return Draft(0, 0)
+            draft = self._duty.draft(state, room_bytes)
+            if draft.positions:
+                return draft
+            held_at = moved_at + 2 * limits.duty_patience_s
+            if now < held_at:
+                self._park_until(state, held_at)
+                return draft
+            room_bytes = CHUNK_SIZE  # peers hold what is missing, and nothing comes of them
+        draft = self._picker.pick_scattered(
+            state, room_bytes, by_rarity=self._proved_chunks >= limits.random_first_chunks
+        )
+        if not draft.positions:
+            if not self._chunks.free_bytes and self._flights.by_position:
+                draft = self._endgame.draft_copies(now, state, CHUNK_SIZE)
+                if not draft.positions:
+                    self._park(now, state)
+            else:
+                state.parked_until = math.inf  # until it holds something, or that is free
+        return draft
+
+    def _is_origin_far_ahead(self, now: float, origin: SourceState) -> bool:
+        """Tell whether an origin is so fast that waiting for peers would only lose time."""
+        limits = self.limits
+        rate = origin.rate.bytes_per_s
+        if rate is None or now < self._crowd_since + 2 * limits.duty_patience_s:
+            return False
+        return rate > limits.duty_gain * (self._flights.total_rate - origin.counted_rate)
+
+    def _call_last(self, now: float) -> None:
+        """Let everybody look for copies once the last free chunk has been asked for."""
+        is_last_call = not self._chunks.free_bytes
+        if is_last_call and not self._is_last_call:
+            for state in self._sources.values():
+                self._make_hungry(state)
+        self._is_last_call = is_last_call
+
     # deadlines
+
+    def _park_until(self, state: SourceState, until: float) -> None:
+        state.parked_until = until
+        self._relook_at = min(self._relook_at, until)
 
     def _park(self, now: float, state: SourceState) -> None:
         """Let a source without work look again after about a chunk's time."""
         limits = self.limits
         pause_s = state.seconds_guessed(CHUNK_SIZE, limits.max_relook_s)
-        until = now + min(max(pause_s, limits.min_relook_s), limits.max_relook_s)
-        state.parked_until = until
-        self._relook_at = min(self._relook_at, until)
+        self._park_until(state, now + min(max(pause_s, limits.min_relook_s), limits.max_relook_s))
 
     def _wake(self, now: float) -> None:
         self._relook_at = math.inf

@@ -69,6 +69,28 @@ class PlannerLimits:
     """Names remembered after they left, liars longest: bounds the memory of churn."""
     max_refused_chunks: int = 256
     """Wrong chunks that an origin may send before it is dropped like a lying peer."""
+    random_first_chunks: int = 4
+    """In a crowd, chunks taken at random before rarity counts: whoever has nothing should
+    soon have something to give, and what is rare is asked for by all."""
+    crowd_requests: int = 1
+    """In a crowd, requests open at one source: others fill its uplink meanwhile, and a
+    chunk that waits in a queue cannot be asked for elsewhere."""
+    crowd_sources: int = 4
+    """With fewer sources than this a crowd is none, and `min_requests_per_source` are
+    open at each, so that no pipe runs dry."""
+    crowd_queue_s: float = 0.1
+    """In a crowd, seconds of work in one request: what is whole can be passed on."""
+    duty_members: int = 4
+    """Members of a crowd that fetch from the origin at one time: two keep its uplink busy
+    over any round trip, and the others make up for those that are slow or gone."""
+    duty_patience_s: float = 1.0
+    """A member that gets nothing for so long asks the origin, whatever its rank."""
+    duty_step_s: float = 0.25
+    """So much later with each rank, so that they do not all come at once."""
+    duty_members_patient: int = 40
+    """Ranks beyond are as patient as this one: 11 s, whatever the size of the swarm."""
+    duty_gain: float = 2.0
+    """An origin so many times as fast as all peers together is asked freely."""
     max_chunks: int = 1 << 24
     """Chunks in one download (16 TiB): bounds what a manifest can make us allocate."""
     max_priorities: int = 256

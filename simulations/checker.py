@@ -1,0 +1,116 @@
+"""Watches a run from outside and notes every rule that is broken.
+
+It keeps its own books from what crosses the network, and asks the planner nothing but
+when it wants to be woken. The rules:
+
+- No chunk is shown or served before it was proved.
+- A planner with work in flight, or with something to ask for, has a deadline.
+- Nothing is asked for that the asker has, and of no neighbour that has not shown it.
+- Nothing is asked of the origin that a neighbour has shown, unless nothing has come to
+  the asker for its patience, or the origin is far ahead of all peers.
+- No honest node is banned. Every honest node that stays finishes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tensorswarm.p2p.source import Failure, Request
+from tensorswarm.p2p.swarm import Drop
+
+if TYPE_CHECKING:
+    from .peer import SimulatedPeer
+    from .world import World
+
+MAX_FAILURES = 20
+"""Broken rules that are kept: the first ones say what went wrong."""
+
+
+class Checker:
+    """The books of one run.
+
+    Attributes
+    ----------
+    failures : list of str
+        The rules that were broken.
+    origin_asks, needless_origin_asks : int
+        Chunks asked of the origin, and those that a neighbour had shown.
+    liars_met, liars_banned : set of str
+        Liars whose bytes arrived somewhere, and those banned by whoever got them.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.failures: list[str] = []
+        self.origin_asks = 0
+        self.needless_origin_asks = 0
+        self.bans = 0
+        self.stalls = 0
+
+    def _fail(self, text: str) -> None:
+        if len(self.failures) < MAX_FAILURES:
+            self.failures.append(f"at {self._world.engine.now:.3f} s: {text}")
+
+    def shown(self, peer: SimulatedPeer, mask: int) -> None:
+        """Check what a node tells its neighbours."""
+        if peer.nature.is_honest and mask & ~peer.has:
+            self._fail(f"{peer.name} shows what it has not proved")
+
+    def serves(self, peer: SimulatedPeer, chunks: list[tuple[int, int]]) -> None:
+        """Check what a node is asked to serve."""
+        for _, chunk in chunks:
+            if peer.nature.is_honest and not peer.has >> chunk & 1:
+                self._fail(f"{peer.name} is asked for chunk {chunk}, which it has not proved")
+
+    def asked(self, peer: SimulatedPeer, request: Request) -> None:
+        """Check a request as it is made."""
+        from .peer import chunks_of
+
+        world = self._world
+        for _, chunk in chunks_of(request.spans):
+            if peer.has >> chunk & 1:
+                self._fail(f"{peer.name} asks for chunk {chunk}, which it has")
+            if request.source != "origin":
+                known = peer.neighbours.get(request.source)
+                if known is None or not known.mask >> chunk & 1:
+                    self._fail(f"{peer.name} asks {request.source} for chunk {chunk}: not shown")
+                continue
+            self.origin_asks += 1
+            if not any(known.mask >> chunk & 1 for known in peer.neighbours.values()):
+                continue
+            self.needless_origin_asks += 1
+            waited_s = world.engine.now - peer.moved_at
+            if world.setup.is_duty_shared and waited_s < world.setup.limits.duty_patience_s:
+                planner = peer.planner
+                assert planner is not None
+                rates = {s.source: s.rate_bytes_per_s or 0.0 for s in planner.statistics().sources}
+                if rates.get("origin", 0.0) <= sum(rates.values()) - rates.get("origin", 0.0):
+                    self._fail(f"{peer.name} asks the origin for chunk {chunk} without need")
+
+    def acted(self, peer: SimulatedPeer, deadline: float | None) -> None:
+        """Check a planner that has just decided."""
+        if deadline is not None or peer.planner is None or peer.planner.is_done():
+            return
+        missing = self._world.everything & ~peer.has
+        holders = [known for known in peer.neighbours.values() if known.mask & missing]
+        if any(known.asked for known in peer.neighbours.values()):
+            self._fail(f"{peer.name} waits for an answer without a deadline")
+        elif holders:
+            self._fail(f"{peer.name} waits for nothing, though neighbours have what it lacks")
+
+    def dropped(self, peer: SimulatedPeer, drop: Drop) -> None:
+        """Check whom a planner drops."""
+        if drop.failure is not Failure.BAD_BYTES:
+            self.stalls += drop.failure is Failure.STALLED
+            return
+        self.bans += 1
+        other = self._world.by_name.get(drop.source)
+        if other is None or not other.nature.is_liar:
+            self._fail(f"{peer.name} bans {drop.source}, which is honest")
+
+    def ended(self) -> None:
+        """Check that everybody has finished."""
+        lost = [peer.name for peer in self._world.finishers if peer.finished_at is None]
+        if lost:
+            shown = ", ".join(lost[:5])
+            self._fail(f"{len(lost)} honest nodes have not finished ({shown} …)")

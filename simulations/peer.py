@@ -1,0 +1,501 @@
+"""A simulated node: the real planner, upload queue, membership and messages of one peer.
+
+It stands where `p2p.download` and `p2p.neighbours` stand in a real node: it carries
+events to the planner and actions to the network, tells its neighbours what it has, and
+serves what they ask. All of that goes through the frames of `p2p.wire`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from tensorswarm.p2p import wire
+from tensorswarm.p2p.membership import Membership
+from tensorswarm.p2p.source import Failure, Request, Span
+from tensorswarm.p2p.swarm import Ask, Cancel, Drop, Planner, SourceKind
+from tensorswarm.p2p.upload_slots import UploadSlots, Waiting
+from tensorswarm.store.digest import CHUNK_SIZE
+
+from .network import Flow, Link
+
+if TYPE_CHECKING:
+    from .world import World
+
+PROGRESS_S = 1.0
+"""How often bytes are reported of a chunk that is still on its way."""
+
+
+@dataclass(frozen=True)
+class Nature:
+    """What a node is like.
+
+    Attributes
+    ----------
+    uplink_bytes_per_s, downlink_bytes_per_s : float
+        Its line.
+    starts_at, leaves_at : float
+        When it is there.
+    is_liar : bool
+        Whether it claims to have everything and sends wrong bytes.
+    is_staller : bool
+        Whether it claims to have everything and never answers.
+    is_behind_nat : bool
+        Whether it can only be reached by those it dialled itself.
+    has_everything : bool
+        Whether it is a seed.
+    stays_s : float
+        How long it stays after it has finished.
+    """
+
+    uplink_bytes_per_s: float
+    downlink_bytes_per_s: float
+    starts_at: float = 0.0
+    leaves_at: float = float("inf")
+    is_liar: bool = False
+    is_staller: bool = False
+    is_behind_nat: bool = False
+    has_everything: bool = False
+    stays_s: float = float("inf")
+
+    @property
+    def is_honest(self) -> bool:
+        """Whether it does what it says."""
+        return not (self.is_liar or self.is_staller)
+
+
+@dataclass
+class Serving:
+    """A request that is being served."""
+
+    asker: SimulatedPeer
+    request: Request
+    chunks: list[tuple[int, int]]
+    flow: Flow | None = None
+    is_cancelled: bool = False
+
+
+@dataclass
+class Known:
+    """What a node knows of one neighbour."""
+
+    peer: SimulatedPeer
+    mask: int = 0
+    given_bytes: int = 0
+    asked: dict[int, Request] = field(default_factory=dict)
+
+
+def chunks_of(spans: tuple[Span, ...]) -> list[tuple[int, int]]:
+    """Return the chunks of some spans, in order."""
+    return [
+        (span.object_index, chunk)
+        for span in spans
+        for chunk in range(span.first_chunk, span.first_chunk + span.count)
+    ]
+
+
+class SimulatedPeer:
+    """One node.
+
+    Parameters
+    ----------
+    world : World
+        Everything else.
+    index : int
+        Its number; its name is made of it.
+    nature : Nature
+        What it is like.
+    """
+
+    def __init__(self, world: World, index: int, nature: Nature) -> None:
+        self.world = world
+        self.index = index
+        self.name = f"n{index}"
+        self.nature = nature
+        self.uplink = Link(nature.uplink_bytes_per_s)
+        self.downlink = Link(nature.downlink_bytes_per_s)
+        self.rng = random.Random(f"{world.seed}/{index}")
+        self.membership = Membership(world.key, self.name, self.rng, world.setup.membership)
+        self.neighbours: dict[str, Known] = {}
+        self.dialled: dict[str, None] = {}
+        self.banned: dict[str, None] = {}
+        self.slots = UploadSlots(world.setup.slots, self._holders_of)
+        self.serving: dict[tuple[str, int], Serving] = {}
+        self.has = world.everything if nature.has_everything or not nature.is_honest else 0
+        self.told = 0
+        self.is_present = False
+        self.finished_at: float | None = None
+        self.moved_at = 0.0
+        self.wasted_bytes = 0
+        self._news = 0
+        self._news_due = False
+        self._told_at = -1.0
+        self._acting_at: float | None = None
+        self._roster_due = False
+        self._arrives: dict[tuple[str, int], set[tuple[int, int]]] = {}
+        wants = not nature.has_everything and nature.is_honest
+        self.planner = (
+            Planner(
+                [world.setup.chunks * CHUNK_SIZE],
+                rng=self.rng,
+                limits=world.setup.limits,
+                keys=[world.digest],
+            )
+            if wants
+            else None
+        )
+
+    # ---- coming and going
+
+    def start(self) -> None:
+        """Come into the swarm."""
+        world, now = self.world, self.world.engine.now
+        self.is_present = True
+        self.moved_at = now
+        world.present[self.name] = self
+        self._discover()
+        if self.planner is not None and world.origin is not None:
+            world.engine.after(world.setup.settle_s, self._use_origin)
+        world.engine.after(0.0, self._look_round)
+
+    def _use_origin(self) -> None:
+        if self.is_present and self.planner is not None:
+            now = self.world.engine.now
+            self._tell_roster()
+            self.planner.add_source(now, "origin", SourceKind.ORIGIN)
+            self.planner.source_holds_all(now, "origin")
+            self.act_soon()
+
+    def leave(self) -> None:
+        """Go, at once and without a word."""
+        if not self.is_present:
+            return
+        self.is_present = False
+        self.world.present.pop(self.name, None)
+        for known in list(self.neighbours.values()):
+            self.world.disconnect(self, known.peer)
+        if self.world.origin is not None:
+            self.world.origin.forget(self)
+
+    def _discover(self) -> None:
+        setup = self.world.setup
+        names = self.world.discover(self, setup.discovered)
+        self.membership.heard(self.world.engine.now, names, "discovery")
+
+    def _look_round(self) -> None:
+        """Dial whom we lack, and ask neighbours for others, again and again."""
+        if not self.is_present:
+            return
+        now, setup = self.world.engine.now, self.world.setup
+        self._dial()
+        if self.nature.is_honest:
+            for known in list(self.neighbours.values()):
+                self.send(known.peer, wire.GetPeers(1, self.world.key))
+        is_young = now < self.nature.starts_at + 4 * setup.exchange_soon_s
+        if not is_young:
+            self._discover()
+            self._exchange_one()
+        if self.finished_at is None or is_young:
+            pause_s = setup.exchange_soon_s if is_young else setup.exchange_s
+            self.world.engine.after(pause_s, self._look_round)
+
+    def _dial(self) -> None:
+        now = self.world.engine.now
+        for name in self.membership.to_dial(now, self.neighbours, self.dialled):
+            self.dialled[name] = None
+            self.world.dial(self, name)
+
+    def _exchange_one(self) -> None:
+        """Let the chosen neighbour go that gave least, for somebody new."""
+        given = {name: known.given_bytes for name, known in self.neighbours.items()}
+        name = self.membership.to_drop(self.neighbours, self.dialled, given)
+        for known in self.neighbours.values():
+            known.given_bytes = 0
+        if name is not None and not self.neighbours[name].asked:
+            self.world.disconnect(self, self.neighbours[name].peer)
+
+    def dial_failed(self, name: str) -> None:
+        """Note that somebody could not be reached."""
+        self.dialled.pop(name, None)
+        self.membership.left(self.world.engine.now, name)
+
+    def connected(self, peer: SimulatedPeer) -> None:
+        """Note a new neighbour: ask what it has, and whom it knows."""
+        if peer.name in self.neighbours or peer.name in self.banned:
+            return
+        self.neighbours[peer.name] = Known(peer)
+        if not peer.nature.has_everything:
+            self.membership.met(peer.name)
+        if self.planner is not None:
+            self.planner.add_source(self.world.engine.now, peer.name, SourceKind.PEER)
+        self.send(peer, wire.Want(1, (self.world.digest, self.world.key)))
+        self.send(peer, wire.GetPeers(1, self.world.key))
+        self._roster_changed()
+        self.act_soon()
+
+    def disconnected(self, peer: SimulatedPeer) -> None:
+        """Note that a neighbour has gone."""
+        known = self.neighbours.pop(peer.name, None)
+        if known is None:
+            return
+        now = self.world.engine.now
+        self.dialled.pop(peer.name, None)
+        self.membership.left(now, peer.name)
+        for waiting in self.slots.forget(peer.name):
+            self._stop_serving(waiting)
+        if self.planner is not None:
+            self.planner.remove_source(now, peer.name)
+        self._roster_changed()
+        self._begin_serving()
+        if self.is_present:
+            self._dial()
+            self.act_soon()
+
+    def _roster_changed(self) -> None:
+        if not self._roster_due and self.planner is not None:
+            self._roster_due = True
+            self.world.engine.after(self.world.setup.roster_s, self._tell_roster)
+
+    def _tell_roster(self) -> None:
+        self._roster_due = False
+        if self.planner is not None and self.world.setup.is_duty_shared:
+            now = self.world.engine.now
+            members = self.membership.members(now)
+            self.planner.set_members(now, self.world.key, self.name, members)
+            self.act_soon()
+
+    # ---- messages
+
+    def send(self, peer: SimulatedPeer, message: wire.Message) -> None:
+        """Send a message to a neighbour."""
+        self.world.deliver(self, [peer], message)
+
+    def receive(self, sender: SimulatedPeer, message: wire.Message) -> None:
+        """Take a message from a neighbour."""
+        known = self.neighbours.get(sender.name)
+        if known is None:
+            return
+        match message:
+            case wire.Have():
+                self._heard(known, message)
+            case wire.Want():
+                self.send(sender, wire.Have(message.request_id, self._entries(), last=True))
+            case wire.GetPeers():
+                now = self.world.engine.now
+                names = self.membership.to_tell(now, sender.name)
+                entries = tuple(wire.PeerEntry(name, ("/sim",)) for name in names)
+                self.send(sender, wire.Peers(message.request_id, entries))
+            case wire.Peers():
+                names = [entry.peer_id for entry in message.entries]
+                self.membership.heard(self.world.engine.now, names, sender.name)
+                self._roster_changed()
+                self._dial()
+            case _:
+                raise AssertionError(f"nobody sends {message}")
+
+    def _entries(self) -> tuple[wire.HaveEntry, ...]:
+        world = self.world
+        if not self.has:
+            return ()
+        self.told |= self.has
+        world.checker.shown(self, self.has)
+        size_bytes = world.setup.chunks * CHUNK_SIZE
+        if self.has == world.everything:
+            return (wire.HaveEntry(world.digest, size_bytes, None, b""),)
+        bitmap = self.has.to_bytes((world.setup.chunks + 7) // 8, "little")
+        return (wire.HaveEntry(world.digest, size_bytes, bitmap, world.chunk_list),)
+
+    def _heard(self, known: Known, message: wire.Have) -> None:
+        for entry in message.entries:
+            bitmap = entry.bitmap
+            mask = self.world.everything if bitmap is None else int.from_bytes(bitmap, "little")
+            known.mask |= mask
+            if self.planner is not None:
+                self.planner.source_holds(self.world.engine.now, known.peer.name, 0, bitmap)
+                self.act_soon()
+
+    def _tell(self) -> None:
+        """Tell neighbours what is new, in one message for all that came meanwhile."""
+        self._news_due = False
+        self._told_at = self.world.engine.now
+        others = [
+            known.peer for known in self.neighbours.values() if known.mask != self.world.everything
+        ]
+        if others and self.is_present:
+            self.world.deliver(self, others, wire.Have(0, self._entries(), last=True))
+
+    # ---- fetching
+
+    def act_soon(self) -> None:
+        """Let the planner decide, once for all that happens within a tick."""
+        if self._acting_at is None and self.planner is not None:
+            self._acting_at = self.world.engine.now + self.world.setup.tick_s
+            self.world.engine.at(self._acting_at, self._act)
+
+    def _act(self) -> None:
+        self._acting_at = None
+        planner, world = self.planner, self.world
+        if planner is None or not self.is_present or planner.is_done():
+            return
+        now = world.engine.now
+        for action in planner.actions(now):
+            if isinstance(action, Ask):
+                self._ask(action.request)
+            elif isinstance(action, Cancel):
+                self._cancel(action)
+            else:
+                self._drop(action)
+        deadline = planner.next_deadline(now)
+        world.checker.acted(self, deadline)
+        if deadline is not None:
+            world.wake(self, deadline)
+
+    def woken(self) -> None:
+        """Act on a deadline."""
+        if self._acting_at is None and self.is_present:
+            self._act()
+
+    def _ask(self, request: Request) -> None:
+        world = self.world
+        self._arrives[request.source, request.request_id] = set(chunks_of(request.spans))
+        world.checker.asked(self, request)
+        if request.source == "origin":
+            assert world.origin is not None
+            origin = world.origin
+            world.engine.after(world.setup.latency_s, lambda: origin.asked(self, request))
+            return
+        known = self.neighbours[request.source]
+        known.asked[request.request_id] = request
+        peer = known.peer
+        world.engine.after(world.setup.latency_s, lambda: peer.asked(self, request))
+
+    def _cancel(self, cancel: Cancel) -> None:
+        self._arrives.pop((cancel.source, cancel.request_id), None)
+        world = self.world
+        if cancel.source == "origin":
+            return
+        known = self.neighbours.get(cancel.source)
+        if known is not None:
+            known.asked.pop(cancel.request_id, None)
+            peer = known.peer
+            world.engine.after(
+                world.setup.latency_s, lambda: peer.cancelled(self, cancel.request_id)
+            )
+
+    def _drop(self, drop: Drop) -> None:
+        world = self.world
+        world.checker.dropped(self, drop)
+        if drop.source == "origin":
+            world.engine.after(3.0, self._use_origin)
+            return
+        if drop.failure is Failure.BAD_BYTES:
+            self.banned[drop.source] = None
+        known = self.neighbours.get(drop.source)
+        if known is not None:
+            world.disconnect(self, known.peer)
+
+    def progressed(self, source: str, request_id: int, byte_count: int) -> None:
+        """Note bytes of a chunk that is still on its way."""
+        if self.planner is not None and self.is_present:
+            self.planner.progress(self.world.engine.now, source, request_id, byte_count)
+
+    def arrived(
+        self, source: str, request: Request, chunk: tuple[int, int], *, is_good: bool, is_last: bool
+    ) -> None:
+        """Take a chunk: check it, keep it, tell of it."""
+        planner, world = self.planner, self.world
+        if planner is None or not self.is_present or source in self.banned:
+            return
+        now, bit = world.engine.now, 1 << chunk[1]
+        known = self.neighbours.get(source)
+        if not is_good:
+            self.wasted_bytes += CHUNK_SIZE
+            planner.chunk_refused(now, source, *chunk)
+        elif self.has & bit:
+            self.wasted_bytes += CHUNK_SIZE
+            planner.chunk_duplicate(now, source, *chunk, CHUNK_SIZE)
+        else:
+            self.has |= bit
+            self.moved_at = now
+            world.trace.note(now, 1, self.index, world.number_of(source), chunk[1])
+            if known is not None:
+                known.given_bytes += CHUNK_SIZE
+            planner.chunk_proved(now, source, *chunk, CHUNK_SIZE)
+            self._proved(bit)
+        if is_last:
+            self._arrives.pop((source, request.request_id), None)
+            if known is not None:
+                known.asked.pop(request.request_id, None)
+            planner.request_done(now, source, request.request_id)
+        self.act_soon()
+
+    def _proved(self, bit: int) -> None:
+        engine = self.world.engine
+        if not self._news_due:
+            self._news_due = True
+            engine.at(self._told_at + self.world.setup.have_batch_s, self._tell)
+        if self.has == self.world.everything:
+            self.finished_at = engine.now
+            self.world.finished(self)
+
+    # ---- serving
+
+    def _holders_of(self, chunk: Hashable) -> int:
+        assert isinstance(chunk, int)
+        return sum(known.mask >> chunk & 1 for known in self.neighbours.values())
+
+    def asked(self, asker: SimulatedPeer, request: Request) -> None:
+        """Take a request for chunks."""
+        if asker.name not in self.neighbours or not self.is_present:
+            return
+        chunks = chunks_of(request.spans)
+        self.world.checker.serves(self, chunks)
+        if self.nature.is_staller:
+            return
+        key = asker.name, request.request_id
+        self.serving[key] = Serving(asker, request, chunks)
+        self.slots.ask(self.world.engine.now, *key, chunks[0][1])
+        self._begin_serving()
+
+    def cancelled(self, asker: SimulatedPeer, request_id: int) -> None:
+        """Forget a request, as far as it has not been sent."""
+        serving = self.serving.get((asker.name, request_id))
+        if serving is None:
+            return
+        if self.slots.withdraw(asker.name, request_id):
+            del self.serving[asker.name, request_id]
+        else:
+            serving.is_cancelled = True
+
+    def _begin_serving(self) -> None:
+        if not self.is_present:
+            return
+        for waiting in self.slots.begin(self.world.engine.now):
+            self._serve(self.serving[waiting.peer, waiting.ticket])
+
+    def _serve(self, serving: Serving) -> None:
+        """Send the next chunk of a request, or end it."""
+        key = serving.asker.name, serving.request.request_id
+        if not serving.chunks or serving.is_cancelled:
+            self.serving.pop(key, None)
+            self.slots.end(*key)
+            self._begin_serving()
+            return
+        chunk = serving.chunks.pop(0)
+        serving.flow = self.world.transfer(
+            self.uplink,
+            serving.asker,
+            self.name,
+            serving.request,
+            chunk,
+            is_good=not self.nature.is_liar,
+            is_last=not serving.chunks,
+            after=lambda: self._serve(serving),
+        )
+
+    def _stop_serving(self, waiting: Waiting) -> None:
+        serving = self.serving.pop((waiting.peer, waiting.ticket), None)
+        if serving is not None and serving.flow is not None:
+            self.world.network.stop(serving.flow)
