@@ -15,6 +15,7 @@ No I/O, no clock; the random generator is the caller's.
 
 from __future__ import annotations
 
+import heapq
 import random
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ class MembershipLimits:
     """Neighbours kept for one swarm: have-messages cost each node this many a chunk."""
     best: int = 2
     """Chosen neighbours that are never let go: those who gave most."""
+    on_duty: int = 5
+    """The first by rank keep each other as neighbours: those on origin duty, and the next."""
     exchange: int = 48
     """Members named in one answer: below the protocol's limit of 64."""
     exchange_first: int = 8
@@ -91,6 +94,11 @@ class Membership:
         if len(self._failed) > self.limits.max_members:
             del self._failed[next(iter(self._failed))]
 
+    def let_go(self, now: float, name: str) -> None:
+        """Note a member that is there, but no neighbour any more."""
+        self._met.pop(name, None)
+        self.heard(now, [name], name)
+
     def heard(self, now: float, names: Iterable[str], teller: str) -> None:
         """Note members that a neighbour, or discovery, names."""
         limits = self.limits
@@ -145,27 +153,54 @@ class Membership:
 
     # whom to keep
 
+    def _first(self, now: float) -> list[str]:
+        """Return the first members by rank if we are one of them."""
+        ranked = heapq.nlargest(self.limits.on_duty, [self.me, *self.members(now)], key=self._rank)
+        return ranked if self.me in ranked else []
+
     def to_dial(
         self, now: float, neighbours: Collection[str], dialled: Collection[str]
     ) -> list[str]:
-        """Return members to dial: as many as are lacking of those we choose ourselves."""
+        """Return members to dial: as many as are lacking of those we choose ourselves.
+
+        Members on duty at the origin also keep each other as neighbours, so that each
+        knows at once what the others have fetched.
+        """
         limits = self.limits
+        colleagues = [
+            name
+            for name in self._first(now)
+            if name != self.me and name not in neighbours and name not in dialled
+        ]
         wanted = min(
-            limits.dials - sum(name in neighbours for name in dialled),
+            limits.dials - len(dialled) - len(colleagues),
             limits.max_neighbours - len(neighbours),
         )
-        strangers = [name for name in self.members(now) if name not in neighbours]
+        strangers = [
+            name for name in self.members(now) if name not in neighbours and name not in dialled
+        ]
+        strangers = [name for name in strangers if name not in colleagues]
         if wanted <= 0 or not strangers:
-            return []
-        return self._rng.sample(strangers, min(wanted, len(strangers)))
+            return colleagues
+        return colleagues + self._rng.sample(strangers, min(wanted, len(strangers)))
+
+    def is_colleague(self, now: float, name: str) -> bool:
+        """Tell whether a member and we are both among the first by rank."""
+        return name in self._first(now)
 
     def to_drop(
-        self, neighbours: Collection[str], dialled: Collection[str], given: Mapping[str, int]
+        self,
+        now: float,
+        neighbours: Collection[str],
+        dialled: Collection[str],
+        given: Mapping[str, int],
     ) -> str | None:
         """Return the chosen neighbour to exchange for somebody new, if any.
 
         Parameters
         ----------
+        now : float
+            The time.
         neighbours : collection of str
             All present ones.
         dialled : collection of str
@@ -179,4 +214,6 @@ class Membership:
         ):
             return None
         chosen.sort(key=lambda name: -given.get(name, 0))
+        colleagues = self._first(now)
+        chosen = [name for name in chosen if name not in colleagues]
         return chosen[-1] if len(chosen) > self.limits.best else None

@@ -177,7 +177,7 @@ class Neighbour:
         match message:
             case wire.Have(request_id=0):
                 self._owner.on_have(self.peer_id, message.entries)
-            case wire.Refusal(request_id=0) | wire.Unknown():
+            case wire.Refusal(request_id=0) | wire.Offer() | wire.Pass() | wire.Unknown():
                 pass
             case wire.Have() | wire.Blobs() | wire.ChunkListIs() | wire.Peers() | wire.Refusal():
                 channel = self._waiting.get(message.request_id)

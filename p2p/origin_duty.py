@@ -9,8 +9,10 @@ All members of a download that can reach the same origin take each of its bytes 
    as long to arrive and can be passed on that much later.
 2. Each chunk belongs to the member on duty with the highest hash of member and chunk.
    Members take their own chunks from the front of one order that all share.
-3. A hash alone leaves some with more than others, and whoever has finished its own goes
-   on with what nobody has announced from the end of the order, where the owner comes last.
+3. A hash alone leaves some with more than others. Whoever has finished its own relieves
+   the others: of what nobody has announced it takes the chunks for which it ranks second,
+   then third, from the end of the order, where the owner comes last; but not the owner's
+   next one, which should be on its way.
 4. What a neighbour has announced is not fetched from the origin any more.
 5. Who gets nothing for `duty_patience_s`, and a bit longer the lower it ranks, takes a
    turn whatever its rank: members that are gone, silent or slow hold up nobody for long.
@@ -76,6 +78,7 @@ class OriginDuty:
         self._me = 0
         self._front = 0
         self._back = chunks.block_count
+        self._turn = 1
         self.is_shared = False
         self.rank = 0
 
@@ -90,55 +93,84 @@ class OriginDuty:
             on_duty.append(self._me)  # for its turns out of patience
         if tuple(on_duty) != self._on_duty:
             self._on_duty = tuple(on_duty)
-            self._front, self._back = 0, self._chunks.block_count
+            self.look_again()
 
     def turn_at(self, hungry_since: float) -> float:
         """Return from when we may ask the origin, if nothing comes from anybody before."""
         limits = self._limits
         if self.rank < limits.duty_members:
-            return hungry_since
+            return 0.0
         behind = min(self.rank - limits.duty_members, limits.duty_members_patient)
         return hungry_since + limits.duty_patience_s + behind * limits.duty_step_s
 
     def draft(self, origin: SourceState, room_bytes: int) -> Draft:
         """Choose what to ask an origin for: our own chunks, then what seems left over."""
         draft = Draft(room_bytes, self._limits.max_request_spans)
-        chunks = self._chunks
-        while self._front < chunks.block_count:
-            if not self._fill(origin, self._front, draft, is_own=True):
+        while self._front < self._chunks.block_count:
+            if not self._fill(origin, self._front, draft):
                 return draft
             self._front += 1
-        while not draft.positions and self._back > 0:
-            if not self._fill(origin, self._back - 1, draft, is_own=False):
-                return draft
+        while not draft.positions and self._turn < len(self._on_duty):
+            while not draft.positions and self._back > 0:
+                self._relieve(origin, self._back - 1, draft)
+                self._back -= not draft.positions
             if not draft.positions:
-                self._back -= 1
+                self._turn += 1
+                self._back = self._chunks.block_count
         return draft
 
     def look_again(self) -> None:
         """Go through everything once more: chunks have become free."""
         self._front, self._back = 0, self._chunks.block_count
+        self._turn = 1
 
-    def _fill(self, origin: SourceState, block: int, draft: Draft, *, is_own: bool) -> bool:
-        """Take chunks of a block that nobody has announced; return whether there is room."""
+    def _left(self, origin: SourceState, block: int) -> int:
+        """Return the chunks of a block that nobody has announced."""
         chunks = self._chunks
-        mask = chunks.free[block] & origin.held[block] & ~chunks.held_by(block, 1)
-        while mask:
-            bit = mask & -mask if is_own else 1 << mask.bit_length() - 1
-            mask ^= bit
+        return chunks.free[block] & origin.held[block] & ~chunks.held_by(block, 1)
+
+    def _fill(self, origin: SourceState, block: int, draft: Draft) -> bool:
+        """Take our own chunks of a block; return whether there is room for more."""
+        left = self._left(origin, block)
+        while left:
+            bit = left & -left
+            left ^= bit
             position = block * BLOCK_CHUNKS + bit.bit_length() - 1
-            if is_own and not self._is_ours(position):
-                continue
-            before_bytes = draft.size_bytes
-            if not draft.add(chunks, position, 1):
-                return False
-            chunks.take(block, bit, draft.size_bytes - before_bytes)
-            if not is_own or draft.room_bytes <= 0:
+            if self._order(position)[0] == self._me and not self._take(position, draft):
                 return False
         return True
 
-    def _is_ours(self, position: int) -> bool:
+    def _relieve(self, origin: SourceState, block: int, draft: Draft) -> None:
+        """Take the last chunk of a block for which we are next after its owner.
+
+        Not the first of any owner: that one is on its way to it.
+        """
+        left = self._left(origin, block)
+        owners_seen: set[int] = set()
+        ours = -1
+        while left:
+            bit = left & -left
+            left ^= bit
+            position = block * BLOCK_CHUNKS + bit.bit_length() - 1
+            order = self._order(position)
+            if order[0] in owners_seen and order[self._turn] == self._me:
+                ours = position
+            owners_seen.add(order[0])
+        if ours >= 0:
+            self._take(ours, draft)
+
+    def _take(self, position: int, draft: Draft) -> bool:
+        block, offset = divmod(position, BLOCK_CHUNKS)
+        before_bytes = draft.size_bytes
+        if not draft.add(self._chunks, position, 1):
+            return False
+        self._chunks.take(block, 1 << offset, draft.size_bytes - before_bytes)
+        return draft.room_bytes > 0
+
+    def _order(self, position: int) -> list[int]:
+        """Return the members on duty in the order in which a chunk is theirs."""
         object_index, chunk = self._chunks.locate(position)
         place = self._keys[object_index] + chunk * 0x9E3779B97F4A7C15
-        best = max(self._on_duty, key=lambda member: _mix((place ^ member) & _MASK))
-        return best == self._me
+        return sorted(
+            self._on_duty, key=lambda member: _mix((place ^ member) & _MASK), reverse=True
+        )

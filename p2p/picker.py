@@ -182,6 +182,16 @@ class Picker:
                 break
         return draft
 
+    def pick_at(self, source: SourceState, position: int, room_bytes: int) -> Draft:
+        """Take the free chunks from a position on that the source holds, if any."""
+        draft = Draft(room_bytes, self._limits.max_request_spans)
+        block, start = divmod(position, BLOCK_CHUNKS)
+        width = ones((self._chunks.free[block] & source.held[block]) >> start)
+        count = draft.add(self._chunks, position, width) if width else 0
+        if count:
+            self._chunks.take(block, (1 << count) - 1 << start, draft.size_bytes)
+        return draft
+
     def pick_scattered(self, source: SourceState, room_bytes: int, *, by_rarity: bool) -> Draft:
         """Take free chunks for a request, the first one at random among the rarest."""
         draft = Draft(room_bytes, self._limits.max_request_spans)

@@ -123,6 +123,32 @@ class RateEstimate:
         self._gathered_bytes = 0
 
 
+class SteadyRate:
+    """Bytes per second over the last while, the older the less.
+
+    Parameters
+    ----------
+    memory_s : float
+        Time after which bytes count for 1/e.
+    """
+
+    __slots__ = ("_at", "_bytes", "_memory_s")
+
+    def __init__(self, memory_s: float) -> None:
+        self._memory_s = memory_s
+        self._bytes = 0.0
+        self._at = 0.0
+
+    def note(self, now: float, byte_count: int) -> None:
+        """Count bytes."""
+        self._bytes = self._bytes * math.exp((self._at - now) / self._memory_s) + byte_count
+        self._at = now
+
+    def at(self, now: float) -> float:
+        """Return the rate now."""
+        return self._bytes * math.exp((self._at - now) / self._memory_s) / self._memory_s
+
+
 class SourceRecord:
     """What is remembered of a name, also while it is away."""
 
@@ -215,13 +241,20 @@ class SourceState:
         Requests in a row that it called done without what was asked.
     parked_until : float or None
         It found no work, and need not look again before.
+    makes_offers : bool
+        Whether it says when it can be asked.
+    offered_at : float
+        When it last made an offer, or was asked.
+    offers : list of int
+        The positions it offers, oldest first.
     counted_rate : float
         What it adds to the planner's sum of speeds.
     """
 
     __slots__ = (
         "answered_at", "counted_rate", "cursor", "empty_answers", "has_spoken", "head_since",
-        "held", "holds_all", "home", "kind", "level", "listed", "live", "name",
+        "held", "holds_all", "home", "kind", "level", "listed", "live", "makes_offers", "name",
+        "offered_at", "offers",
         "parked_until", "queued_bytes", "rate", "record", "requests",
     )  # fmt: skip
 
@@ -245,6 +278,9 @@ class SourceState:
         self.empty_answers = 0
         self.parked_until: float | None = None
         self.counted_rate = 0.0
+        self.makes_offers = False
+        self.offered_at = 0.0
+        self.offers: list[int] = []
 
     # holdings
 

@@ -49,13 +49,14 @@ from .flights import Flights
 from .origin_duty import OriginDuty
 from .picker import Draft, Picker
 from .source import Failure
-from .source_state import OpenRequest, SourceState
+from .source_state import OpenRequest, SourceState, SteadyRate
 from .source_table import SourceTable
 from .swarm_types import (
     Action,
     Ask,
     Cancel,
     Drop,
+    PassOn,
     PlannerLimits,
     Priority,
     SourceKind,
@@ -68,6 +69,7 @@ __all__ = [
     "Ask",
     "Cancel",
     "Drop",
+    "PassOn",
     "Planner",
     "PlannerLimits",
     "Priority",
@@ -143,6 +145,7 @@ class Planner:
         self._duty = OriginDuty(self._chunks, keys, self.limits)
         self._moved_at: float | None = None
         self._crowd_since = 0.0
+        self._peer_rate = SteadyRate(self.limits.duty_memory_s)
         self._proved_chunks = 0
         self._is_last_call = False
         self._check_at = math.inf
@@ -151,8 +154,12 @@ class Planner:
 
     # events: sources
 
-    def add_source(self, now: float, source: str, kind: SourceKind) -> None:
+    def add_source(
+        self, now: float, source: str, kind: SourceKind, *, makes_offers: bool = False
+    ) -> None:
         """Note a source that can be asked, once it is known what it holds.
+
+        One that makes offers is asked, while others download the same, when it says so.
 
         Known liars and sources beyond the limit are answered with a `Drop`. A source
         that is present already stays as it is.
@@ -165,6 +172,9 @@ class Planner:
         refusal = self._table.admit(source, kind)
         if refusal is not None:
             self._outbox.append(Drop(source, *refusal))
+        elif makes_offers:
+            self._sources[source].makes_offers = True
+            self._sources[source].offered_at = now
 
     def source_holds(
         self, now: float, source: str, object_index: int, bitmap: bytes | None
@@ -202,6 +212,19 @@ class Planner:
             state.gain_all(self._chunks)
             self._bar_refused(state)
             self._make_hungry(state)
+
+    def source_offers(self, now: float, source: str, object_index: int, chunk: int) -> None:
+        """Note that a source has an upload to spare, best for this chunk.
+
+        One that makes offers is asked without one only when none comes for long.
+        """
+        state = self._sources.get(source)
+        if state is None:
+            return
+        state.offered_at = now
+        state.offers.append(self._chunks.position(object_index, chunk))
+        del state.offers[: -self.limits.max_offers]
+        self._make_hungry(state)
 
     def source_lacks(self, now: float, source: str, object_index: int) -> None:
         """Note that a source does not have an object, whatever was said before.
@@ -304,6 +327,8 @@ class Planner:
         if record is not None:
             record.proved_bytes += byte_count
         requests = self._flights.prove(now, position, state)
+        if record is not None and record.kind is SourceKind.PEER:
+            self._peer_rate.note(now, byte_count)
         if state is not None:
             state.empty_answers = 0
             if all(request.source is not state for request in requests):
@@ -509,7 +534,10 @@ class Planner:
         rate = state.rate.bytes_per_s
         if self._duty.is_shared:
             is_crowd = len(self._sources) >= limits.crowd_sources
-            most = limits.crowd_requests if is_crowd else limits.min_requests_per_source
+            if state.makes_offers:
+                most = limits.max_requests_per_source
+            else:
+                most = limits.crowd_requests if is_crowd else limits.min_requests_per_source
             if count >= most:
                 return 0
             size_bytes = int((rate or 0.0) * limits.crowd_queue_s)
@@ -533,7 +561,9 @@ class Planner:
     def _draft_in_crowd(self, now: float, state: SourceState, room_bytes: int) -> Draft:
         """Choose what to ask a source for while others download the same."""
         limits = self.limits
-        moved_at = self._crowd_since if self._moved_at is None else self._moved_at
+        moved_at = self._moved_at
+        if moved_at is None:  # the first chunk has a long way
+            moved_at = self._crowd_since + limits.duty_patience_s
         if state.kind is SourceKind.ORIGIN and not self._is_origin_far_ahead(now, state):
             turn_at = self._duty.turn_at(moved_at)
             if now < turn_at:
@@ -547,9 +577,22 @@ class Planner:
                 self._park_until(state, held_at)
                 return draft
             room_bytes = CHUNK_SIZE  # peers hold what is missing, and nothing comes of them
-        draft = self._picker.pick_scattered(
-            state, room_bytes, by_rarity=self._proved_chunks >= limits.random_first_chunks
-        )
+        elif state.makes_offers:
+            unasked_at = max(state.offered_at, moved_at) + limits.offer_patience_s
+            if not state.offers and (now < unasked_at or self._flights.by_position):
+                self._park_until(state, max(unasked_at, now + limits.max_relook_s))
+                return Draft(0, 0)
+            state.offered_at = now
+            if state.offers:
+                offered = state.offers.pop(0)
+                draft = self._picker.pick_at(state, offered, room_bytes)
+                if not draft.positions:
+                    draft = self._pick_scattered(state, room_bytes)
+                if not draft.positions:
+                    self._outbox.append(PassOn(state.name, self._chunks.locate(offered)[0]))
+                    self._make_hungry(state)
+                return draft
+        draft = self._pick_scattered(state, room_bytes)
         if not draft.positions:
             if not self._chunks.free_bytes and self._flights.by_position:
                 draft = self._endgame.draft_copies(now, state, CHUNK_SIZE)
@@ -559,13 +602,17 @@ class Planner:
                 state.parked_until = math.inf  # until it holds something, or that is free
         return draft
 
+    def _pick_scattered(self, state: SourceState, room_bytes: int) -> Draft:
+        by_rarity = self._proved_chunks >= self.limits.random_first_chunks
+        return self._picker.pick_scattered(state, room_bytes, by_rarity=by_rarity)
+
     def _is_origin_far_ahead(self, now: float, origin: SourceState) -> bool:
         """Tell whether an origin is so fast that waiting for peers would only lose time."""
         limits = self.limits
         rate = origin.rate.bytes_per_s
-        if rate is None or now < self._crowd_since + 2 * limits.duty_patience_s:
+        if rate is None or now < self._crowd_since + limits.duty_trial_s:
             return False
-        return rate > limits.duty_gain * (self._flights.total_rate - origin.counted_rate)
+        return rate > limits.duty_gain * self._peer_rate.at(now)
 
     def _call_last(self, now: float) -> None:
         """Let everybody look for copies once the last free chunk has been asked for."""

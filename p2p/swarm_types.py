@@ -78,6 +78,11 @@ class PlannerLimits:
     crowd_sources: int = 4
     """With fewer sources than this a crowd is none, and `min_requests_per_source` are
     open at each, so that no pipe runs dry."""
+    max_offers: int = 4
+    """Offers of one source that wait to be looked at; the oldest are forgotten."""
+    offer_patience_s: float = 2.0
+    """Who makes offers is asked without one when nothing is in flight, and nothing came
+    from anybody for so long: it may have taken us for served."""
     crowd_queue_s: float = 0.1
     """In a crowd, seconds of work in one request: what is whole can be passed on."""
     duty_members: int = 4
@@ -91,6 +96,10 @@ class PlannerLimits:
     """Ranks beyond are as patient as this one: 11 s, whatever the size of the swarm."""
     duty_gain: float = 2.0
     """An origin so many times as fast as all peers together is asked freely."""
+    duty_trial_s: float = 5.0
+    """Not before the peers have had so long to show what they give."""
+    duty_memory_s: float = 2.0
+    """Time over which the speed of the peers is averaged for that."""
     max_chunks: int = 1 << 24
     """Chunks in one download (16 TiB): bounds what a manifest can make us allocate."""
     max_priorities: int = 256
@@ -121,7 +130,15 @@ class Drop:
     detail: str
 
 
-Action: TypeAlias = Ask | Cancel | Drop
+@dataclass(frozen=True, slots=True)
+class PassOn:
+    """Tell this source that its offer is not taken up."""
+
+    source: str
+    object_index: int
+
+
+Action: TypeAlias = Ask | Cancel | Drop | PassOn
 
 
 @dataclass(frozen=True, slots=True)

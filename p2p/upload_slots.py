@@ -1,75 +1,186 @@
-"""Which request is served next: few at a time, and what the swarm needs most.
+"""Whom a node lets ask next, and for what: few at a time, and what the swarm lacks most.
 
 A peer that sends to everybody at once delivers every chunk late, and nobody can pass on
-what is not whole. With few slots a chunk leaves at the full rate of the uplink, and its
-receiver doubles the number of those who can give it.
+what is not whole. And a receiver that queues for a chunk at one peer cannot take it from
+those who get it meanwhile: queues undo the doubling by which a chunk spreads. So a node
+with an upload to spare *offers* it: to one neighbour, naming one chunk. The neighbour
+asks for that chunk, or for another if that one is on its way to it already, or passes.
 
 Rules
-- At most `slots` requests are served at a time.
-- Of those that wait, the one whose chunk we have served least often goes first: so a
-  seed gives every chunk once before any twice. Then the chunk that the fewest neighbours
-  have, as far as we know; then the peer that has had the least from us; then the first.
-- Whoever has waited for `max_wait_s` goes before all that, in the order they came: so
-  nobody starves, and nobody takes us for stalled.
-- A peer has at most `max_waiting_per_peer` requests here; more are refused.
+- At most `slots` requests are served at a time; `ahead` more are offered, so that the
+  next one is here when the uplink falls free.
+- Offered is the chunk that the fewest neighbours have or are about to get from us, ties
+  at random, to a neighbour at random of those that lack it.
+- An offer that nobody takes up within `OFFER_S` lapses.
+- Requests that were not offered wait behind those that were; nobody is refused for
+  asking, but a peer has at most `MAX_WAITING_PER_PEER` requests here.
 
-No I/O, no clock.
+What neighbours have is a set of positions as an integer, as in `chunk_map`. No I/O, no
+clock; the random generator is the caller's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+import math
+import random
+from collections import Counter
+from typing import NamedTuple
 
 MAX_WAITING_PER_PEER = 16
 """Requests of one peer that wait: four times what a planner of ours asks of one source."""
 
-MAX_WAIT_S = 1.5
-"""Longest wait before a request goes ahead of rarer ones: half of what a planner takes
-for a stall."""
+OFFER_S = 1.0
+"""Time in which an offer is to be answered: several round trips of any link."""
 
-MAX_COUNTED_CHUNKS = 1 << 20
-"""Chunks whose servings are counted: 1 TiB of chunks, some 100 MB at the very worst."""
+PASSED_S = 0.1
+"""A neighbour that passed is left alone for so long: its hands are full."""
 
 
-@dataclass(frozen=True, slots=True)
-class Waiting:
+COMPARED_TAKERS = 3
+"""Neighbours drawn, of whom the one with the fewest chunks gets the offer."""
+
+
+class Waiting(NamedTuple):
     """A request that waits for a slot."""
 
     peer: str
     ticket: int
-    chunk: Hashable
-    since: float
+    chunk: int
 
 
 class UploadSlots:
-    """The queue before the uplink.
+    """The gate before the uplink.
 
     Parameters
     ----------
     slots : int
         Requests served at a time.
-    holders_of : callable
-        Tells how many neighbours are known to have a chunk.
+    ahead : int
+        Offers open besides.
+    rng : random.Random
+        Breaks ties.
+
+    Attributes
+    ----------
+    held : int
+        The positions that we can give.
+    active : dict
+        The requests being served, by peer and ticket.
     """
 
-    def __init__(self, slots: int, holders_of: Callable[[Hashable], int]) -> None:
+    def __init__(self, slots: int, ahead: int, rng: random.Random) -> None:
         self._slots = slots
-        self._holders_of = holders_of
+        self._ahead = ahead
+        self._rng = rng
+        self._peers: dict[str, int] = {}
+        self._offered: dict[str, tuple[int, float]] = {}
+        self._passed: dict[str, float] = {}
         self._waiting: dict[tuple[str, int], Waiting] = {}
-        self._served: dict[Hashable, int] = {}
-        self._given: dict[str, int] = {}
-        self._per_peer: dict[str, int] = {}
+        self._per_peer: Counter[str] = Counter()
         self.active: dict[tuple[str, int], Waiting] = {}
+        self.held = 0
 
-    def ask(self, now: float, peer: str, ticket: int, chunk: Hashable) -> bool:
+    # ---- what there is
+
+    def peer_has(self, peer: str, held: int) -> None:
+        """Note what a neighbour holds, also when it is nothing yet."""
+        self._peers[peer] = self._peers.get(peer, 0) | held
+
+    def forget(self, peer: str) -> list[Waiting]:
+        """Forget a neighbour that has gone; return those of its requests being served."""
+        self._peers.pop(peer, None)
+        self._offered.pop(peer, None)
+        self._passed.pop(peer, None)
+        for key in [key for key in self._waiting if key[0] == peer]:
+            self.withdraw(*key)
+        return [self.active.pop(key) for key in list(self.active) if key[0] == peer]
+
+    # ---- offers
+
+    def offers(self, now: float) -> list[tuple[str, int]]:
+        """Return the offers to make now: neighbour and position."""
+        for peer in [peer for peer, (_, until) in self._offered.items() if until <= now]:
+            del self._offered[peer]
+            self._passed[peer] = now + OFFER_S
+        made: list[tuple[str, int]] = []
+        while len(self._offered) + len(self._waiting) + len(self.active) < (
+            self._slots + self._ahead
+        ):
+            choice = self._choose(now)
+            if choice is None:
+                break
+            made.append(choice)
+            self._offered[choice[0]] = choice[1], now + OFFER_S
+        return made
+
+    def next_deadline(self, now: float) -> float:
+        """Return when to look for offers again if nothing happens before."""
+        lapses = [until for _, until in self._offered.values()]
+        return min([*lapses, *(at for at in self._passed.values() if at > now)], default=math.inf)
+
+    def _choose(self, now: float) -> tuple[str, int] | None:
+        free = {
+            peer: self.held & ~has
+            for peer, has in self._peers.items()
+            if peer not in self._offered and self._passed.get(peer, 0.0) <= now
+        }
+        lacked = 0
+        for lacks in free.values():
+            lacked |= lacks
+        for key, each in (*self.active.items(), *self._waiting.items()):
+            if key[0] in free:
+                free[key[0]] &= ~(1 << each.chunk)
+        if not lacked:
+            return None
+        rarest = self._rarest(lacked)
+        while rarest:
+            position = _random_bit(rarest, self._rng)
+            takers = [peer for peer, lacks in free.items() if lacks >> position & 1]
+            if takers:
+                return self._neediest(takers), position
+            lacked ^= 1 << position
+            rarest = self._rarest(lacked)
+        return None
+
+    def _neediest(self, takers: list[str]) -> str:
+        """Return the one with least of a few: stragglers catch up, and nobody takes all."""
+        some = [takers[int(self._rng.random() * len(takers))] for _ in range(COMPARED_TAKERS)]
+        return min(some, key=lambda peer: self._peers[peer].bit_count())
+
+    def _rarest(self, candidates: int) -> int:
+        """Return those candidates that the fewest neighbours have, or get from us."""
+        if not candidates:
+            return 0
+        planes: list[int] = []
+        for has in self._peers.values():
+            _count(planes, has & candidates)
+        for each in (*self.active.values(), *self._waiting.values()):
+            _count(planes, 1 << each.chunk & candidates)
+        for chunk, _ in self._offered.values():
+            _count(planes, 1 << chunk & candidates)
+        for plane in reversed(planes):
+            candidates = candidates & ~plane or candidates
+        return candidates
+
+    # ---- requests
+
+    def ask(self, peer: str, ticket: int, chunk: int) -> bool:
         """Queue a request, known by peer and ticket; return False when it has too many."""
-        count = self._per_peer.get(peer, 0)
-        if count >= MAX_WAITING_PER_PEER:
+        if self._per_peer[peer] >= MAX_WAITING_PER_PEER:
             return False
-        self._per_peer[peer] = count + 1
-        self._waiting[peer, ticket] = Waiting(peer, ticket, chunk, now)
+        self._per_peer[peer] += 1
+        was_offered = self._offered.pop(peer, None) is not None
+        waiting = Waiting(peer, ticket, chunk)
+        if was_offered:
+            self._waiting = {(peer, ticket): waiting, **self._waiting}
+        else:
+            self._waiting[peer, ticket] = waiting
         return True
+
+    def passed(self, now: float, peer: str) -> None:
+        """Note that a neighbour does not take up our offer."""
+        if self._offered.pop(peer, None) is not None:
+            self._passed[peer] = now + PASSED_S
 
     def withdraw(self, peer: str, ticket: int) -> bool:
         """Forget a request that is not wanted any more; return whether it was waiting."""
@@ -78,48 +189,43 @@ class UploadSlots:
         self._left(peer)
         return True
 
-    def forget(self, peer: str) -> list[Waiting]:
-        """Forget a peer that has gone; return those of its requests that were served."""
-        for key in [key for key in self._waiting if key[0] == peer]:
-            self.withdraw(*key)
-        stopped = [self.active.pop(key) for key in list(self.active) if key[0] == peer]
-        self._given.pop(peer, None)
-        return stopped
-
-    def begin(self, now: float) -> list[Waiting]:
+    def begin(self) -> list[Waiting]:
         """Return the requests to serve from now on."""
         begun = []
         while self._waiting and len(self.active) < self._slots:
-            chosen = min(self._waiting.values(), key=lambda each: self._urgency(now, each))
-            key = chosen.peer, chosen.ticket
-            del self._waiting[key]
-            self._left(chosen.peer)
-            self.active[key] = chosen
-            if chosen.chunk in self._served or len(self._served) < MAX_COUNTED_CHUNKS:
-                self._served[chosen.chunk] = self._served.get(chosen.chunk, 0) + 1
-            self._given[chosen.peer] = self._given.get(chosen.peer, 0) + 1
-            begun.append(chosen)
+            key = next(iter(self._waiting))
+            self.active[key] = self._waiting.pop(key)
+            self._left(key[0])
+            begun.append(self.active[key])
         return begun
 
     def end(self, peer: str, ticket: int) -> None:
         """Note that a request was served, or given up."""
-        self.active.pop((peer, ticket), None)
-
-    def served(self, chunk: Hashable) -> int:
-        """Return how often a chunk was served."""
-        return self._served.get(chunk, 0)
+        done = self.active.pop((peer, ticket), None)
+        if done is not None and peer in self._peers:
+            self._peers[peer] |= 1 << done.chunk  # it will say so itself a moment later
 
     def _left(self, peer: str) -> None:
         self._per_peer[peer] -= 1
         if not self._per_peer[peer]:
             del self._per_peer[peer]
 
-    def _urgency(self, now: float, each: Waiting) -> tuple[float, int, int, int]:
-        if now - each.since >= MAX_WAIT_S:
-            return each.since - now - 1, 0, 0, 0
-        return (
-            0.0,
-            self._served.get(each.chunk, 0),
-            self._holders_of(each.chunk),
-            self._given.get(each.peer, 0),
-        )
+
+def _count(planes: list[int], mask: int) -> None:
+    """Add one to the counts of some positions, kept as bit planes."""
+    for i, plane in enumerate(planes):
+        planes[i] = plane ^ mask
+        mask &= plane
+        if not mask:
+            return
+    if mask:
+        planes.append(mask)
+
+
+def _random_bit(mask: int, rng: random.Random) -> int:
+    """Return the place of a one, chosen at random."""
+    turn = int(rng.random() * mask.bit_length())
+    later = mask >> turn
+    if later:
+        return turn + (later & -later).bit_length() - 1
+    return (mask & -mask).bit_length() - 1

@@ -294,6 +294,39 @@ class Peers:
 
 
 @dataclass(frozen=True, slots=True)
+class Offer:
+    """The sender has an upload to spare for one request; it would give this chunk.
+
+    To be answered by a request on the bulk plane, for this chunk or another, or by a pass.
+    """
+
+    kind: ClassVar[int] = 13
+    digest: bytes
+    chunk: int
+
+    @classmethod
+    def _parse(cls, raw: Fields) -> Offer:
+        digest, chunk = limits.take_fields(raw, 2, "offer")
+        return cls(
+            limits.take_digest(digest, "offer.digest"),
+            limits.take_int(chunk, "offer.chunk", 0, limits.MAX_CHUNK),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """The sender does not take up an offer of these bytes."""
+
+    kind: ClassVar[int] = 14
+    digest: bytes
+
+    @classmethod
+    def _parse(cls, raw: Fields) -> Pass:
+        (digest,) = limits.take_fields(raw, 1, "pass")
+        return cls(limits.take_digest(digest, "pass.digest"))
+
+
+@dataclass(frozen=True, slots=True)
 class Unknown:
     """A message of a kind this version does not know: to be skipped, and counted."""
 
@@ -302,7 +335,7 @@ class Unknown:
 
 Request: TypeAlias = Want | GetBlobs | GetChunkList | GetPeers
 Answer: TypeAlias = Have | Blobs | ChunkListIs | Peers | Refusal
-Message: TypeAlias = Hello | Bye | Unwant | Unknown | Request | Answer
+Message: TypeAlias = Hello | Bye | Unwant | Offer | Pass | Unknown | Request | Answer
 
 
 def _digests(value: object, what: str) -> tuple[bytes, ...]:
@@ -313,7 +346,7 @@ _PARSERS: dict[int, Callable[[Fields], Message]] = {
     cls.kind: cls._parse
     for cls in (
         *(Hello, Bye, Refusal, Want, Have, Unwant, GetBlobs, Blobs),
-        *(GetChunkList, ChunkListIs, GetPeers, Peers),
+        *(GetChunkList, ChunkListIs, GetPeers, Peers, Offer, Pass),
     )
 }
 

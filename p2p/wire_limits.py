@@ -75,6 +75,9 @@ MAX_BITMAP_BYTES = 512 << 10
 """Longest bitmap: 4 Mi chunks, an object of 4 TiB. A larger object can be told of
 only once it is whole."""
 
+MAX_CHUNK = (MAX_OBJECT_SIZE - 1) // CHUNK_SIZE
+"""Highest number of a chunk: the last one of the largest object."""
+
 MAX_BLOB_ITEMS = 1024
 """Blobs in one request, and pieces in one answering frame."""
 

@@ -8,14 +8,13 @@ serves what they ask. All of that goes through the frames of `p2p.wire`.
 from __future__ import annotations
 
 import random
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tensorswarm.p2p import wire
 from tensorswarm.p2p.membership import Membership
 from tensorswarm.p2p.source import Failure, Request, Span
-from tensorswarm.p2p.swarm import Ask, Cancel, Drop, Planner, SourceKind
+from tensorswarm.p2p.swarm import Ask, Cancel, Drop, PassOn, Planner, SourceKind
 from tensorswarm.p2p.upload_slots import UploadSlots, Waiting
 from tensorswarm.store.digest import CHUNK_SIZE
 
@@ -121,10 +120,10 @@ class SimulatedPeer:
         self.neighbours: dict[str, Known] = {}
         self.dialled: dict[str, None] = {}
         self.banned: dict[str, None] = {}
-        self.slots = UploadSlots(world.setup.slots, self._holders_of)
+        self.slots = UploadSlots(world.setup.slots, world.setup.ahead, self.rng)
         self.serving: dict[tuple[str, int], Serving] = {}
         self.has = world.everything if nature.has_everything or not nature.is_honest else 0
-        self.told = 0
+        self.slots.held = self.has
         self.is_present = False
         self.finished_at: float | None = None
         self.moved_at = 0.0
@@ -133,6 +132,7 @@ class SimulatedPeer:
         self._news_due = False
         self._told_at = -1.0
         self._acting_at: float | None = None
+        self._offers_at = float("inf")
         self._roster_due = False
         self._arrives: dict[tuple[str, int], set[tuple[int, int]]] = {}
         wants = not nature.has_everything and nature.is_honest
@@ -196,6 +196,7 @@ class SimulatedPeer:
         is_young = now < self.nature.starts_at + 4 * setup.exchange_soon_s
         if not is_young:
             self._discover()
+        if now > self.nature.starts_at + setup.exchange_s:
             self._exchange_one()
         if self.finished_at is None or is_young:
             pause_s = setup.exchange_soon_s if is_young else setup.exchange_s
@@ -210,39 +211,53 @@ class SimulatedPeer:
     def _exchange_one(self) -> None:
         """Let the chosen neighbour go that gave least, for somebody new."""
         given = {name: known.given_bytes for name, known in self.neighbours.items()}
-        name = self.membership.to_drop(self.neighbours, self.dialled, given)
+        name = self.membership.to_drop(self.world.engine.now, self.neighbours, self.dialled, given)
         for known in self.neighbours.values():
             known.given_bytes = 0
         if name is not None and not self.neighbours[name].asked:
-            self.world.disconnect(self, self.neighbours[name].peer)
+            self.world.disconnect(self, self.neighbours[name].peer, is_polite=True)
 
-    def dial_failed(self, name: str) -> None:
-        """Note that somebody could not be reached."""
+    def dial_failed(self, name: str, *, is_full: bool) -> None:
+        """Note that somebody could not be reached, or has neighbours enough."""
         self.dialled.pop(name, None)
-        self.membership.left(self.world.engine.now, name)
+        if is_full:
+            self.membership.let_go(self.world.engine.now, name)
+        else:
+            self.membership.left(self.world.engine.now, name)
+        self._dial()
 
     def connected(self, peer: SimulatedPeer) -> None:
         """Note a new neighbour: ask what it has, and whom it knows."""
         if peer.name in self.neighbours or peer.name in self.banned:
             return
         self.neighbours[peer.name] = Known(peer)
+        if peer.planner is not None and self.world.setup.makes_offers:
+            self.slots.peer_has(peer.name, 0)
         if not peer.nature.has_everything:
             self.membership.met(peer.name)
         if self.planner is not None:
-            self.planner.add_source(self.world.engine.now, peer.name, SourceKind.PEER)
+            self.planner.add_source(
+                self.world.engine.now,
+                peer.name,
+                SourceKind.PEER,
+                makes_offers=self.world.setup.makes_offers,
+            )
         self.send(peer, wire.Want(1, (self.world.digest, self.world.key)))
         self.send(peer, wire.GetPeers(1, self.world.key))
         self._roster_changed()
         self.act_soon()
 
-    def disconnected(self, peer: SimulatedPeer) -> None:
-        """Note that a neighbour has gone."""
+    def disconnected(self, peer: SimulatedPeer, *, is_polite: bool) -> None:
+        """Note that a connection has ended, with a bye or with the neighbour gone."""
         known = self.neighbours.pop(peer.name, None)
         if known is None:
             return
         now = self.world.engine.now
         self.dialled.pop(peer.name, None)
-        self.membership.left(now, peer.name)
+        if is_polite:
+            self.membership.let_go(now, peer.name)
+        else:
+            self.membership.left(now, peer.name)
         for waiting in self.slots.forget(peer.name):
             self._stop_serving(waiting)
         if self.planner is not None:
@@ -287,6 +302,14 @@ class SimulatedPeer:
                 names = self.membership.to_tell(now, sender.name)
                 entries = tuple(wire.PeerEntry(name, ("/sim",)) for name in names)
                 self.send(sender, wire.Peers(message.request_id, entries))
+            case wire.Offer():
+                if self.planner is not None:
+                    now = self.world.engine.now
+                    self.planner.source_offers(now, sender.name, 0, message.chunk)
+                    self.act_soon()
+            case wire.Pass():
+                self.slots.passed(self.world.engine.now, sender.name)
+                self._begin_serving()
             case wire.Peers():
                 names = [entry.peer_id for entry in message.entries]
                 self.membership.heard(self.world.engine.now, names, sender.name)
@@ -299,7 +322,6 @@ class SimulatedPeer:
         world = self.world
         if not self.has:
             return ()
-        self.told |= self.has
         world.checker.shown(self, self.has)
         size_bytes = world.setup.chunks * CHUNK_SIZE
         if self.has == world.everything:
@@ -312,6 +334,8 @@ class SimulatedPeer:
             bitmap = entry.bitmap
             mask = self.world.everything if bitmap is None else int.from_bytes(bitmap, "little")
             known.mask |= mask
+            if self.world.setup.makes_offers and known.peer.planner is not None:
+                self.slots.peer_has(known.peer.name, mask)
             if self.planner is not None:
                 self.planner.source_holds(self.world.engine.now, known.peer.name, 0, bitmap)
                 self.act_soon()
@@ -345,6 +369,10 @@ class SimulatedPeer:
                 self._ask(action.request)
             elif isinstance(action, Cancel):
                 self._cancel(action)
+            elif isinstance(action, PassOn):
+                known = self.neighbours.get(action.source)
+                if known is not None:
+                    self.send(known.peer, wire.Pass(world.digest))
             else:
                 self._drop(action)
         deadline = planner.next_deadline(now)
@@ -433,6 +461,8 @@ class SimulatedPeer:
 
     def _proved(self, bit: int) -> None:
         engine = self.world.engine
+        self.slots.held = self.has
+        self._begin_serving()
         if not self._news_due:
             self._news_due = True
             engine.at(self._told_at + self.world.setup.have_batch_s, self._tell)
@@ -441,10 +471,6 @@ class SimulatedPeer:
             self.world.finished(self)
 
     # ---- serving
-
-    def _holders_of(self, chunk: Hashable) -> int:
-        assert isinstance(chunk, int)
-        return sum(known.mask >> chunk & 1 for known in self.neighbours.values())
 
     def asked(self, asker: SimulatedPeer, request: Request) -> None:
         """Take a request for chunks."""
@@ -456,7 +482,7 @@ class SimulatedPeer:
             return
         key = asker.name, request.request_id
         self.serving[key] = Serving(asker, request, chunks)
-        self.slots.ask(self.world.engine.now, *key, chunks[0][1])
+        self.slots.ask(*key, chunks[0][1])
         self._begin_serving()
 
     def cancelled(self, asker: SimulatedPeer, request_id: int) -> None:
@@ -472,8 +498,19 @@ class SimulatedPeer:
     def _begin_serving(self) -> None:
         if not self.is_present:
             return
-        for waiting in self.slots.begin(self.world.engine.now):
+        for waiting in self.slots.begin():
             self._serve(self.serving[waiting.peer, waiting.ticket])
+        now = self.world.engine.now
+        for name, chunk in self.slots.offers(now):
+            self.send(self.neighbours[name].peer, wire.Offer(self.world.digest, chunk))
+        deadline = self.slots.next_deadline(now)
+        if deadline < self._offers_at:
+            self._offers_at = deadline
+            self.world.engine.at(deadline, self._offer_again)
+
+    def _offer_again(self) -> None:
+        self._offers_at = float("inf")
+        self._begin_serving()
 
     def _serve(self, serving: Serving) -> None:
         """Send the next chunk of a request, or end it."""

@@ -38,6 +38,10 @@ class Setup:
         Uplink of the HTTP origin; 0 for none.
     slots : int
         Requests a node serves at a time.
+    ahead : int
+        Offers open besides.
+    makes_offers : bool
+        Whether nodes offer uploads, or wait to be asked.
     is_duty_shared : bool
         Whether members share origin duty.
     settle_s : float
@@ -60,6 +64,8 @@ class Setup:
     latency_s: float = 0.02
     origin_bytes_per_s: float = 0.0
     slots: int = 1
+    ahead: int = 1
+    makes_offers: bool = True
     is_duty_shared: bool = True
     settle_s: float = 0.15
     tick_s: float = 0.002
@@ -221,21 +227,28 @@ class World:
         def answered() -> None:
             other = self.by_name[name]
             limits = self.setup.membership
-            is_full = len(other.neighbours) >= limits.max_neighbours + limits.dials
             if not peer.is_present:
                 return
-            if not self.can_dial(peer, other) or is_full or peer.name in other.banned:
-                peer.dial_failed(name)
+            if not self.can_dial(peer, other) or peer.name in other.banned:
+                peer.dial_failed(name, is_full=False)
+                return
+            most = limits.max_neighbours * (
+                1 + other.membership.is_colleague(self.engine.now, peer.name)
+            )
+            if len(other.neighbours) >= most and peer.name not in other.neighbours:
+                peer.dial_failed(name, is_full=True)
                 return
             other.connected(peer)
             peer.connected(other)
 
         self.engine.after(2 * self.setup.latency_s, answered)
 
-    def disconnect(self, peer: SimulatedPeer, other: SimulatedPeer) -> None:
+    def disconnect(
+        self, peer: SimulatedPeer, other: SimulatedPeer, *, is_polite: bool = False
+    ) -> None:
         """Take a connection down; who is still there notices."""
-        peer.disconnected(other)
-        other.disconnected(peer)
+        peer.disconnected(other, is_polite=is_polite)
+        other.disconnected(peer, is_polite=is_polite)
 
     def part(self, group_of: Callable[[SimulatedPeer], int]) -> None:
         """Part the network into groups that cannot reach each other."""
