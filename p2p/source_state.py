@@ -330,6 +330,16 @@ class SourceState:
             self.held[block] ^= gone
             chunks.remove_holder(block, gone)
 
+    def bar(self, chunks: ChunkMap, position: int) -> None:
+        """Note that the source is not to be asked for a single chunk."""
+        if self.holds(position):
+            self.lose(chunks, position // BLOCK_CHUNKS, 1 << position % BLOCK_CHUNKS)
+
+    def bar_refused(self, chunks: ChunkMap) -> None:
+        """Keep the source from the chunks that it gave wrongly before."""
+        for position in self.record.refused_positions:
+            self.bar(chunks, position)
+
     def uncount(self, chunks: ChunkMap) -> None:
         """Take the source's holdings out of the rarity of chunks."""
         if not self.holds_all:

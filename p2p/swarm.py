@@ -44,12 +44,13 @@ from tensorswarm.store.digest import CHUNK_SIZE
 
 from . import deadlines
 from .chunk_map import BLOCK_CHUNKS, ChunkMap
+from .crowd import Crowd
 from .endgame import EndGame
 from .flights import Flights
 from .origin_duty import OriginDuty
 from .picker import Draft, Picker
 from .source import Failure
-from .source_state import OpenRequest, SourceState, SteadyRate
+from .source_state import OpenRequest, SourceState
 from .source_table import SourceTable
 from .swarm_types import (
     Action,
@@ -142,12 +143,14 @@ class Planner:
         )
         if keys is None:
             keys = [i.to_bytes(8, "little") for i in range(len(sizes_bytes))]
-        self._duty = OriginDuty(self._chunks, keys, self.limits)
-        self._moved_at: float | None = None
-        self._crowd_since = 0.0
-        self._peer_rate = SteadyRate(self.limits.duty_memory_s)
-        self._proved_chunks = 0
-        self._is_last_call = False
+        self._crowd = Crowd(
+            self._chunks,
+            self._picker,
+            self._flights,
+            self._endgame,
+            OriginDuty(self._chunks, keys, self.limits),
+            self.limits,
+        )
         self._check_at = math.inf
         self._relook_at = math.inf
         self._proved_bytes = self._duplicate_bytes = self._refused_bytes = 0
@@ -199,7 +202,7 @@ class Planner:
         is_work = False
         for block, mask in self._chunks.spread(object_index, bitmap):
             is_work |= state.gain(self._chunks, block, mask)
-        self._bar_refused(state)
+        state.bar_refused(self._chunks)
         if is_work:
             self._make_hungry(state)
         else:
@@ -210,7 +213,7 @@ class Planner:
         state = self._sources.get(source)
         if state is not None:
             state.gain_all(self._chunks)
-            self._bar_refused(state)
+            state.bar_refused(self._chunks)
             self._make_hungry(state)
 
     def source_offers(self, now: float, source: str, object_index: int, chunk: int) -> None:
@@ -244,8 +247,8 @@ class Planner:
         self._hungry.pop(source, None)
         self._picker.settle(state, -1)
         state.uncount(self._chunks)
-        self._duty.look_again()
-        for other in self._sources.values() if self._duty.is_shared else ():
+        self._crowd.holders_changed()
+        for other in self._sources.values() if self._crowd.is_here else ():
             if other.kind is SourceKind.ORIGIN:
                 self._make_hungry(other)
         for request in list(state.requests.values()):
@@ -265,24 +268,11 @@ class Planner:
         others : collection of str
             The other members in sight; none ends the sharing.
         """
-        was_shared = self._duty.is_shared
-        self._duty.set_members(key, me, others)
-        if self._duty.is_shared and not was_shared:
-            self._crowd_since = now
+        was_here = self._crowd.is_here
+        self._crowd.set_members(now, key, me, others)
         for state in self._sources.values():
-            if state.kind is SourceKind.ORIGIN or was_shared != self._duty.is_shared:
+            if state.kind is SourceKind.ORIGIN or was_here != self._crowd.is_here:
                 self._make_hungry(state)
-
-    def _bar_refused(self, state: SourceState) -> None:
-        """Keep a source from the chunks that it gave wrongly before."""
-        for position in state.record.refused_positions:
-            self._bar(state, position)
-
-    def _bar(self, state: SourceState, position: int) -> None:
-        """Take a single chunk out of what a source holds."""
-        block, offset = divmod(position, BLOCK_CHUNKS)
-        if state.holds(position):
-            state.lose(self._chunks, block, 1 << offset)
 
     # events: answers
 
@@ -321,14 +311,11 @@ class Planner:
             self.chunk_duplicate(now, source, object_index, chunk, byte_count)
             return
         self._proved_bytes += byte_count
-        self._proved_chunks += 1
-        self._moved_at = now
         record, state = self._table.who(source)
         if record is not None:
             record.proved_bytes += byte_count
         requests = self._flights.prove(now, position, state)
-        if record is not None and record.kind is SourceKind.PEER:
-            self._peer_rate.note(now, byte_count)
+        self._crowd.proved(now, None if record is None else record.kind, byte_count)
         if state is not None:
             state.empty_answers = 0
             if all(request.source is not state for request in requests):
@@ -362,7 +349,7 @@ class Planner:
         elif state is not None:
             record.refused_positions.add(position)
             record.is_liar = len(record.refused_positions) >= self.limits.max_refused_chunks
-            self._bar(state, position)
+            state.bar(self._chunks, position)
             request = self._answer_in_vain(now, state, position)
             if request is not None:
                 request.was_refused = True
@@ -380,7 +367,7 @@ class Planner:
         state.empty_answers += 1
         if state.empty_answers >= _EMPTY_ANSWERS:
             for position in request.left:
-                self._bar(state, position)
+                state.bar(self._chunks, position)
         self._close(now, request)
 
     def request_failed(
@@ -445,7 +432,7 @@ class Planner:
             block, offset = divmod(position, BLOCK_CHUNKS)
             returned[block] = returned.get(block, 0) | 1 << offset
         if positions:
-            self._duty.look_again()
+            self._crowd.holders_changed()
         for block, mask in returned.items():
             level = self._chunks.level_of[block]
             for state in self._sources.values():
@@ -484,8 +471,9 @@ class Planner:
             self._check_deadlines(now)
         if now >= self._relook_at:
             self._wake(now)
-        if self._duty.is_shared:
-            self._call_last(now)
+        if self._crowd.is_here and self._crowd.is_last_call():
+            for state in self._sources.values():
+                self._make_hungry(state)
         hungry = [self._sources[name] for name in self._hungry]
         hungry.sort(key=lambda state: -(state.rate.bytes_per_s or 0.0))
         self._hungry.clear()
@@ -509,9 +497,8 @@ class Planner:
         room_bytes = self._room_bytes(state)
         if not room_bytes:
             return False
-        if self._duty.is_shared:
-            draft = self._draft_in_crowd(now, state, room_bytes)
-            return bool(draft.positions) and self._ask(now, state, draft)
+        if self._crowd.is_here:
+            return self._feed_in_crowd(now, state, room_bytes)
         if self._endgame.should_wait(now, state):
             self._park(now, state)
             return False
@@ -532,16 +519,8 @@ class Planner:
         limits = self.limits
         count = len(state.requests)
         rate = state.rate.bytes_per_s
-        if self._duty.is_shared:
-            is_crowd = len(self._sources) >= limits.crowd_sources
-            if state.makes_offers:
-                most = limits.max_requests_per_source
-            else:
-                most = limits.crowd_requests if is_crowd else limits.min_requests_per_source
-            if count >= most:
-                return 0
-            size_bytes = int((rate or 0.0) * limits.crowd_queue_s)
-            return max(CHUNK_SIZE, min(size_bytes, limits.max_request_chunks * CHUNK_SIZE))
+        if self._crowd.is_here:
+            return self._crowd.room_bytes(state, len(self._sources))
         if rate is None:
             return CHUNK_SIZE if count < limits.min_requests_per_source else 0
         target_bytes = rate * limits.queue_s
@@ -556,71 +535,14 @@ class Planner:
             size_bytes = min(size_bytes, int(share * self._chunks.free_bytes))
         return max(CHUNK_SIZE, min(size_bytes, limits.max_request_chunks * CHUNK_SIZE))
 
-    # among other members
-
-    def _draft_in_crowd(self, now: float, state: SourceState, room_bytes: int) -> Draft:
-        """Choose what to ask a source for while others download the same."""
-        limits = self.limits
-        moved_at = self._moved_at
-        if moved_at is None:  # the first chunk has a long way
-            moved_at = self._crowd_since + limits.duty_patience_s
-        if state.kind is SourceKind.ORIGIN and not self._is_origin_far_ahead(now, state):
-            turn_at = self._duty.turn_at(moved_at)
-            if now < turn_at:
-                self._park_until(state, turn_at)
-                return Draft(0, 0)
-            draft = self._duty.draft(state, room_bytes)
-            if draft.positions:
-                return draft
-            held_at = moved_at + 2 * limits.duty_patience_s
-            if now < held_at:
-                self._park_until(state, held_at)
-                return draft
-            room_bytes = CHUNK_SIZE  # peers hold what is missing, and nothing comes of them
-        elif state.makes_offers:
-            unasked_at = max(state.offered_at, moved_at) + limits.offer_patience_s
-            if not state.offers and (now < unasked_at or self._flights.by_position):
-                self._park_until(state, max(unasked_at, now + limits.max_relook_s))
-                return Draft(0, 0)
-            state.offered_at = now
-            if state.offers:
-                offered = state.offers.pop(0)
-                draft = self._picker.pick_at(state, offered, room_bytes)
-                if not draft.positions:
-                    draft = self._pick_scattered(state, room_bytes)
-                if not draft.positions:
-                    self._outbox.append(PassOn(state.name, self._chunks.locate(offered)[0]))
-                    self._make_hungry(state)
-                return draft
-        draft = self._pick_scattered(state, room_bytes)
-        if not draft.positions:
-            if not self._chunks.free_bytes and self._flights.by_position:
-                draft = self._endgame.draft_copies(now, state, CHUNK_SIZE)
-                if not draft.positions:
-                    self._park(now, state)
-            else:
-                state.parked_until = math.inf  # until it holds something, or that is free
-        return draft
-
-    def _pick_scattered(self, state: SourceState, room_bytes: int) -> Draft:
-        by_rarity = self._proved_chunks >= self.limits.random_first_chunks
-        return self._picker.pick_scattered(state, room_bytes, by_rarity=by_rarity)
-
-    def _is_origin_far_ahead(self, now: float, origin: SourceState) -> bool:
-        """Tell whether an origin is so fast that waiting for peers would only lose time."""
-        limits = self.limits
-        rate = origin.rate.bytes_per_s
-        if rate is None or now < self._crowd_since + limits.duty_trial_s:
-            return False
-        return rate > limits.duty_gain * self._peer_rate.at(now)
-
-    def _call_last(self, now: float) -> None:
-        """Let everybody look for copies once the last free chunk has been asked for."""
-        is_last_call = not self._chunks.free_bytes
-        if is_last_call and not self._is_last_call:
-            for state in self._sources.values():
-                self._make_hungry(state)
-        self._is_last_call = is_last_call
+    def _feed_in_crowd(self, now: float, state: SourceState, room_bytes: int) -> bool:
+        choice = self._crowd.choose(now, state, room_bytes)
+        if choice.passed is not None:
+            self._outbox.append(PassOn(state.name, choice.passed))
+            self._make_hungry(state)
+        elif not choice.draft.positions:
+            self._park_until(state, choice.look_at)
+        return bool(choice.draft.positions) and self._ask(now, state, choice.draft)
 
     # deadlines
 

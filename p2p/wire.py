@@ -37,6 +37,8 @@ from .wire_limits import BlobPiece as BlobPiece
 from .wire_limits import Fields
 from .wire_limits import HaveEntry as HaveEntry
 from .wire_limits import PeerEntry as PeerEntry
+from .wire_offers import Offer as Offer
+from .wire_offers import Pass as Pass
 
 _LENGTH_BYTES = 4
 _HAVE_HEAD_BYTES = 32  # array heads, kind, a request id of nine bytes, last
@@ -291,39 +293,6 @@ class Peers:
             limits.take_request_id(request_id, "peers"),
             limits.take_items(entries, "peers.entry", limits.MAX_PEERS, limits.take_peer_entry),
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """The sender has an upload to spare for one request; it would give this chunk.
-
-    To be answered by a request on the bulk plane, for this chunk or another, or by a pass.
-    """
-
-    kind: ClassVar[int] = 13
-    digest: bytes
-    chunk: int
-
-    @classmethod
-    def _parse(cls, raw: Fields) -> Offer:
-        digest, chunk = limits.take_fields(raw, 2, "offer")
-        return cls(
-            limits.take_digest(digest, "offer.digest"),
-            limits.take_int(chunk, "offer.chunk", 0, limits.MAX_CHUNK),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Pass:
-    """The sender does not take up an offer of these bytes."""
-
-    kind: ClassVar[int] = 14
-    digest: bytes
-
-    @classmethod
-    def _parse(cls, raw: Fields) -> Pass:
-        (digest,) = limits.take_fields(raw, 1, "pass")
-        return cls(limits.take_digest(digest, "pass.digest"))
 
 
 @dataclass(frozen=True, slots=True)
