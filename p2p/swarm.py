@@ -22,9 +22,8 @@ Rules
   its files may have changed, and which ones, the owner can tell better.
 - A failed request drops its source, except when the source merely lacks something.
   The owner may bring back anyone but a liar, under the same name.
-- With other members of a swarm in sight (`set_members`) it plans for all of them: single
-  chunks, one request a source, rare ones first, ties at random, and nothing of an origin
-  that another member is to fetch (`origin_duty`). Copies only when nothing is free.
+- With other members of a swarm in sight (`set_members`) it plans for all of them: see
+  `crowd`, and `origin_duty` for what it still asks of an origin.
 - Every request in flight has a deadline. Every table has a limit (`PlannerLimits`).
 
 Cost: what one chunk costs does not depend on the number of chunks (`chunk_map`,
@@ -66,18 +65,9 @@ from .swarm_types import (
 )
 
 __all__ = [
-    "Action",
-    "Ask",
-    "Cancel",
-    "Drop",
-    "PassOn",
-    "Planner",
-    "PlannerLimits",
-    "Priority",
-    "SourceKind",
-    "SourceStatistics",
-    "Statistics",
-]
+    "Action", "Ask", "Cancel", "Drop", "PassOn", "Planner", "PlannerLimits", "Priority",
+    "SourceKind", "SourceStatistics", "Statistics",
+]  # fmt: skip
 
 _NONE: Mapping[int, int] = MappingProxyType({})
 _NO_BITMAPS: Mapping[int, bytes] = MappingProxyType({})

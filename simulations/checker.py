@@ -93,7 +93,7 @@ class Checker:
             return
         missing = self._world.everything & ~peer.has
         holders = [known for known in peer.neighbours.values() if known.mask & missing]
-        if any(known.asked for known in peer.neighbours.values()):
+        if peer.in_flight:
             self._fail(f"{peer.name} waits for an answer without a deadline")
         elif holders:
             self._fail(f"{peer.name} waits for nothing, though neighbours have what it lacks")

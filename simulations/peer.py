@@ -134,7 +134,7 @@ class SimulatedPeer:
         self._acting_at: float | None = None
         self._offers_at = float("inf")
         self._roster_due = False
-        self._arrives: dict[tuple[str, int], set[tuple[int, int]]] = {}
+        self.in_flight: dict[tuple[str, int], set[tuple[int, int]]] = {}
         wants = not nature.has_everything and nature.is_honest
         self.planner = (
             Planner(
@@ -252,6 +252,7 @@ class SimulatedPeer:
         known = self.neighbours.pop(peer.name, None)
         if known is None:
             return
+        self._forget_asked(peer.name)
         now = self.world.engine.now
         self.dialled.pop(peer.name, None)
         if is_polite:
@@ -387,7 +388,7 @@ class SimulatedPeer:
 
     def _ask(self, request: Request) -> None:
         world = self.world
-        self._arrives[request.source, request.request_id] = set(chunks_of(request.spans))
+        self.in_flight[request.source, request.request_id] = set(chunks_of(request.spans))
         world.checker.asked(self, request)
         if request.source == "origin":
             assert world.origin is not None
@@ -400,7 +401,7 @@ class SimulatedPeer:
         world.engine.after(world.setup.latency_s, lambda: peer.asked(self, request))
 
     def _cancel(self, cancel: Cancel) -> None:
-        self._arrives.pop((cancel.source, cancel.request_id), None)
+        self.in_flight.pop((cancel.source, cancel.request_id), None)
         world = self.world
         if cancel.source == "origin":
             return
@@ -415,6 +416,7 @@ class SimulatedPeer:
     def _drop(self, drop: Drop) -> None:
         world = self.world
         world.checker.dropped(self, drop)
+        self._forget_asked(drop.source)
         if drop.source == "origin":
             world.engine.after(3.0, self._use_origin)
             return
@@ -423,6 +425,10 @@ class SimulatedPeer:
         known = self.neighbours.get(drop.source)
         if known is not None:
             world.disconnect(self, known.peer)
+
+    def _forget_asked(self, source: str) -> None:
+        for key in [key for key in self.in_flight if key[0] == source]:
+            del self.in_flight[key]
 
     def progressed(self, source: str, request_id: int, byte_count: int) -> None:
         """Note bytes of a chunk that is still on its way."""
@@ -453,7 +459,7 @@ class SimulatedPeer:
             planner.chunk_proved(now, source, *chunk, CHUNK_SIZE)
             self._proved(bit)
         if is_last:
-            self._arrives.pop((source, request.request_id), None)
+            self.in_flight.pop((source, request.request_id), None)
             if known is not None:
                 known.asked.pop(request.request_id, None)
             planner.request_done(now, source, request.request_id)
