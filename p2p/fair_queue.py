@@ -23,6 +23,10 @@ BURST_S = 0.2
 delays, and is 2 % of what a meter sees in ten seconds."""
 
 
+MIN_REMEMBERED = 64
+"""Keys remembered without asking whether they still matter."""
+
+
 class Turn(NamedTuple):
     """A place in the queue; places compare by who goes first."""
 
@@ -41,11 +45,15 @@ class FairQueue:
         The rate.
     now : float
         The time, in seconds of a clock that never goes back.
+    lag_bytes : float, optional
+        How far behind the others a key may be and still catch up; `BURST_S` of the rate
+        by default. Whoever is new begins so far behind.
     """
 
-    def __init__(self, bytes_per_s: float, now: float) -> None:
+    def __init__(self, bytes_per_s: float, now: float, lag_bytes: float | None = None) -> None:
         self._bytes_per_s = bytes_per_s
-        self._lag_bytes = bytes_per_s * BURST_S
+        self._lag_bytes = bytes_per_s * BURST_S if lag_bytes is None else lag_bytes
+        self._forget_at = MIN_REMEMBERED
         self._free_at = now
         self._virtual = 0.0
         self._finish: dict[str, float] = {}
@@ -83,11 +91,9 @@ class FairQueue:
         self._waiting[turn.key] -= 1
         if not self._waiting[turn.key]:
             del self._waiting[turn.key]
-        if not self._turns:
-            self._finish.clear()  # nobody is behind anybody
-            self._virtual = 0.0
-        elif len(self._finish) > 2 * len(self._turns):
+        if len(self._finish) > self._forget_at:
             self._forget()
+            self._forget_at = max(MIN_REMEMBERED, 2 * len(self._finish))
         return turn
 
     def _forget(self) -> None:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from tensorswarm.store.errors import BadInput
 
@@ -36,6 +37,10 @@ MIN_SLICE_BYTES = 4 << 10
 
 MAX_SLICE_BYTES = 128 << 10
 """Largest slice: beyond, taking it costs nothing any more beside sending it."""
+
+CATCH_UP_BYTES = 32 << 20
+"""What a newcomer may get before it has its turns with the others: those of a crowd that
+come a little later get even with the first, of whom each has two requests."""
 
 _RATE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([kmgt]i?)?(b|bit|bits|byte|bytes)?(/s|ps)?", re.I)
 _FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -98,6 +103,53 @@ def limiter_of(limit: float | str | None) -> RateLimiter | None:
     if limit is None:
         return None
     return RateLimiter(parse_rate(limit) if isinstance(limit, str) else limit)
+
+
+class FairGate:
+    """Lets a few threads through at a time, those first whose key had least.
+
+    There is no rate. It is for work that must not wait inside: many threads that send at
+    once only take the interpreter's lock from each other, and who gets more is chance.
+
+    Parameters
+    ----------
+    slots : int
+        Threads let through at a time.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self._queue = FairQueue(MAX_BYTES_PER_S, 0.0, CATCH_UP_BYTES)
+        self._free = slots
+        self._lock = threading.Lock()
+        self._waiters: dict[Turn, threading.Condition] = {}
+
+    @contextmanager
+    def turn(self, key: str, byte_count: int) -> Iterator[None]:
+        """Wait for a turn to move `byte_count` bytes for `key`, and have it in the block."""
+        with self._lock:
+            turn = self._queue.enter(key, byte_count)
+            if not self._is_next(turn):
+                changed = self._waiters[turn] = threading.Condition(self._lock)
+                while not self._is_next(turn):
+                    changed.wait()
+                del self._waiters[turn]
+            self._free -= 1
+            self._queue.grant(0.0)
+            self._wake()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._free += 1
+                self._wake()
+
+    def _is_next(self, turn: Turn) -> bool:
+        return self._free > 0 and self._queue.first() == turn
+
+    def _wake(self) -> None:
+        following = self._queue.first()
+        if self._free and following is not None and following in self._waiters:
+            self._waiters[following].notify()
 
 
 class RateLimiter:

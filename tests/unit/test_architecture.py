@@ -30,6 +30,7 @@ IO_FREE = (
     "p2p/provider_table.py",
     "p2p/http1.py",
     "p2p/fair_queue.py",
+    "p2p/patience.py",
     "store/cid.py",
     "store/digest.py",
     "store/dtypes.py",

@@ -8,12 +8,14 @@ from collections import Counter
 
 import pytest
 
-from tensorswarm.p2p.fair_queue import BURST_S, FairQueue
+from tensorswarm.p2p.fair_queue import BURST_S, MIN_REMEMBERED, FairQueue
 from tensorswarm.p2p.rates import (
+    CATCH_UP_BYTES,
     MAX_BYTES_PER_S,
     MAX_SLICE_BYTES,
     MIN_BYTES_PER_S,
     MIN_SLICE_BYTES,
+    FairGate,
     RateLimiter,
     limiter_of,
     parse_rate,
@@ -112,7 +114,7 @@ def test_nothing_is_remembered_of_those_who_have_left() -> None:
         queue.enter("stays", SLICE)
         queue.grant(0.0)
         queue.grant(0.0)
-    assert queue.keys_remembered <= 2 + RATE * BURST_S / SLICE
+    assert queue.keys_remembered <= 2 * (MIN_REMEMBERED + RATE * BURST_S / SLICE)
 
 
 # ---- with threads
@@ -142,6 +144,42 @@ def test_threads_are_served_fairly() -> None:
         thread.join(WAIT_S)
         assert not thread.is_alive()
     assert abs(taken["one"] - taken["many"]) <= 10
+
+
+def test_a_gate_lets_few_through_and_those_first_who_had_least() -> None:
+    gate = FairGate(2)
+    order: list[str] = []
+    inside: list[str] = []
+    lock = threading.Lock()
+    release = threading.Event()
+    entered = threading.Barrier(3)
+
+    def hold() -> None:
+        with gate.turn("rich", 2 * CATCH_UP_BYTES):
+            entered.wait(WAIT_S)
+            release.wait(WAIT_S)
+
+    def run(key: str) -> None:
+        with gate.turn(key, 1000), lock:
+            inside.append(key)
+            assert len(inside) <= 2
+            order.append(key)
+            inside.remove(key)
+
+    threads = [threading.Thread(target=hold) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    entered.wait(WAIT_S)  # both slots are taken
+    for number, key in enumerate(("rich", "rich", "new")):
+        threads.append(threading.Thread(target=run, args=(key,)))
+        threads[-1].start()
+        while len(gate._waiters) <= number:
+            time.sleep(0)
+    release.set()
+    for thread in threads:
+        thread.join(WAIT_S)
+        assert not thread.is_alive()
+    assert order[0] == "new"
 
 
 def test_closing_lets_everybody_through() -> None:
