@@ -18,7 +18,7 @@ import contextlib
 import os
 import sqlite3
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import BinaryIO
@@ -133,6 +133,13 @@ class Adding:
         operation = self._staged_operation(added_by=None)
         return self._store.put_complete(manifest, name, self.name, operation)
 
+    @contextlib.contextmanager
+    def ahead(self, descriptor: int, ranges: Sequence[tuple[int, int]]) -> Iterator[None]:
+        """Work ahead on the ranges of a file that will be taken while the block lasts."""
+        large = [] if self._copy else [each for each in ranges if each[1] > INLINE_LIMIT]
+        with self._hasher.ahead(descriptor, large):
+            yield
+
     def take(
         self, descriptor: int, offset: int, size_bytes: int, *, own: bool = False
     ) -> ObjectRef:
@@ -155,7 +162,7 @@ class Adding:
             The store does not take it.
         """
         copy = self._copy or own
-        if size_bytes <= COPY_BUFFER_SIZE:
+        if size_bytes <= (COPY_BUFFER_SIZE if copy else INLINE_LIMIT):
             view = self._hasher.read_small(descriptor, offset, size_bytes)
             digest = digest_of(view)
             ref = self._refs.get(digest) or self._take_small(view, digest, offset, copy)
@@ -180,10 +187,7 @@ class Adding:
         return ObjectRef(digest, len(view), new.chunk_list)
 
     def _take_large(self, descriptor: int, offset: int, size_bytes: int, copy: bool) -> ObjectRef:
-        head = head_of(digest_of(self._hasher.read_small(descriptor, offset, CHUNK_SIZE)), b"")
-        may_be_known = head in self._heads or self._store.may_have(head)
-        self._heads.add(head)
-        if may_be_known or not copy:
+        if not copy or self._may_be_known(descriptor, offset):
             digest, chunk_list = self._hasher.scan(descriptor, offset, size_bytes)
             new = self._new_object(digest, size_bytes, chunk_list)
             ref = ObjectRef(digest, size_bytes, new.chunk_list)
@@ -194,6 +198,13 @@ class Adding:
                 self._ranges.append(AdoptedRange(new, offset, chunk_list))
                 return ref
         return self._copy_range(descriptor, offset, size_bytes)
+
+    def _may_be_known(self, descriptor: int, offset: int) -> bool:
+        """Tell by its first chunk whether a range may be in the store already."""
+        head = head_of(digest_of(self._hasher.read_small(descriptor, offset, CHUNK_SIZE)), b"")
+        may_be_known = head in self._heads or self._store.may_have(head)
+        self._heads.add(head)
+        return may_be_known
 
     def _copy_range(self, descriptor: int, offset: int, size_bytes: int) -> ObjectRef:
         """Copy a range; the object is what was written, even if the file changes."""

@@ -255,6 +255,12 @@ class _Hashing:
         digest, chunk_list = self._hasher.scan(descriptor, offset, size_bytes)
         return ObjectRef(digest, size_bytes, digest_of(chunk_list) if chunk_list else b"")
 
+    @contextlib.contextmanager
+    def ahead(self, descriptor: int, ranges: Sequence[tuple[int, int]]) -> Iterator[None]:
+        """Work ahead on the ranges of a file that will be taken while the block lasts."""
+        with self._hasher.ahead(descriptor, ranges):
+            yield
+
     def finish_file(self, path: Path, state: FileState) -> None:
         """Do nothing: nothing was kept."""
 
@@ -314,12 +320,18 @@ class _Describing:
             if FileState.of(os.fstat(descriptor)) != source.state:
                 raise BadInput(f"{_shown(source.path)}: {_CHANGED}")
             wait_for_clock(source.state)
-            for offset, size_bytes, _ in source.layout.pieces:
-                extent = Extent(source.name, offset, size_bytes)
-                made = source.layout.made.get(offset)
-                ref = None if made is None else self._try_made(source, extent, made)
-                self._refs[extent] = ref or self._taker.take(descriptor, offset, size_bytes)
+            self._take_pieces(source, descriptor)
         self._taker.finish_file(source.path.resolve(), source.state)
+
+    def _take_pieces(self, source: _Source, descriptor: int) -> None:
+        pieces, made = source.layout.pieces, source.layout.made
+        plain = [(offset, size_bytes) for offset, size_bytes, _ in pieces if offset not in made]
+        with self._taker.ahead(descriptor, plain):
+            for offset, size_bytes, _ in pieces:
+                extent = Extent(source.name, offset, size_bytes)
+                recipe = made.get(offset)
+                ref = None if recipe is None else self._try_made(source, extent, recipe)
+                self._refs[extent] = ref or self._taker.take(descriptor, offset, size_bytes)
 
     def _try_made(self, source: _Source, extent: Extent, made: Made) -> RecipeSpec | None:
         """Return how a piece is made from tensors, which are taken, if it can be so made."""

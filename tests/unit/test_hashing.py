@@ -87,3 +87,39 @@ def test_scan_that_cannot_write(
             hasher.scan(descriptor, 0, 3 * COPY_BUFFER_SIZE, descriptor)
     finally:
         os.close(descriptor)
+
+
+RANGES = [(6, 3 * MIB + 5), (6 + 3 * MIB + 5, 100), (7, MIB), (0, 2 * COPY_BUFFER_SIZE + 1)]
+
+
+def test_ranges_hashed_ahead_are_as_those_hashed_when_asked(
+    hasher: RangeHasher, tmp_path: Path
+) -> None:
+    data = random_bytes(3 * COPY_BUFFER_SIZE, 6)
+    (tmp_path / "f").write_bytes(data)
+    descriptor = os.open(tmp_path / "f", os.O_RDONLY)
+    try:
+        with hasher.ahead(descriptor, RANGES):
+            found = [hasher.scan(descriptor, *each) for each in RANGES]
+        for (offset, size), (digest, chunk_list) in zip(RANGES, found, strict=True):
+            ref = ref_of(data[offset : offset + size])
+            assert (digest, digest_of(chunk_list) if chunk_list else b"") == (ref[0], ref[2])
+    finally:
+        os.close(descriptor)
+
+
+def test_ranges_hashed_ahead_in_vain_do_no_harm(hasher: RangeHasher, tmp_path: Path) -> None:
+    """Not asked for, asked for in another order, cut short by an error, beyond the end."""
+    data = random_bytes(4 * MIB, 7)
+    (tmp_path / "f").write_bytes(data)
+    descriptor = os.open(tmp_path / "f", os.O_RDONLY)
+    many = [(offset, MIB + 1) for offset in range(0, 3 * MIB, 1000)]
+    try:
+        with pytest.raises(KeyError), hasher.ahead(descriptor, many):
+            hasher.scan(descriptor, *many[-1])
+            raise KeyError
+        with hasher.ahead(descriptor, [(0, 4 * MIB), (3 * MIB, 2 * MIB)]), pytest.raises(OSError):
+            hasher.scan(descriptor, 3 * MIB, 2 * MIB)
+        assert hasher.scan(descriptor, 0, 4 * MIB)[0] == digest_of(data)
+    finally:
+        os.close(descriptor)
