@@ -10,7 +10,10 @@ looked up, no libp2p.
 Rules
 -----
 - One transport: ``/ip4|ip6|dns|dns4|dns6/<host>/tcp/<port>``, then nothing or
-  ``/p2p/<peer id>``. QUIC, WebSocket and relay addresses are not read here.
+  ``/p2p/<peer id>``. QUIC and WebSocket addresses are not read here.
+- A *circuit* address leads through a relay: a relay's address with its peer id, then
+  ``/p2p-circuit``, then nothing or ``/p2p/<peer id>``. What holds for a host of its own
+  holds for the relay's. A relay behind a relay is not read.
 - What a *user* gives is dialled as it stands, if it can be dialled at all.
 - What a *peer* claims (DHT, identify, peer exchange) is dialled only if it is an
   IP address, not a name (a name would make us ask our resolver about anything a
@@ -19,7 +22,8 @@ Rules
   never believed: cloud metadata services live there.
 - What we *tell* leaves out addresses of no use elsewhere: unspecified,
   link-local, and loopback if there is anything else.
-- At most `MAX_ADDRS_PER_PEER` addresses are kept of any peer.
+- At most `MAX_ADDRS_PER_PEER` addresses are kept of any peer, of them
+  `MAX_CIRCUITS_PER_PEER` circuits.
 
 Peer ids are the usual text (base58btc multihash, ``12D3…`` or ``Qm…``); the CID
 form (``bafz…``) is read and turned into it, so that equal ids are equal texts.
@@ -42,6 +46,11 @@ MAX_ADDRESS_TEXT = 512
 
 MAX_ADDRS_PER_PEER = 8
 """Addresses kept of one peer: a machine has few, and each costs a dial attempt."""
+
+MAX_CIRCUITS_PER_PEER = 3
+"""Circuit addresses kept of one peer: each dial costs a connection to a relay as well."""
+
+CIRCUIT = "/p2p-circuit"
 
 MAX_PEER_ID_TEXT = 128
 """Longest peer id read, in characters: RSA ids as CIDs have about 70."""
@@ -79,7 +88,7 @@ class PeerAddress:
     peer_id : str
         The peer's id, in base58btc.
     addrs : tuple of str
-        TCP multiaddrs without ``/p2p/``.
+        Multiaddrs without the peer's own ``/p2p/``.
     """
 
     peer_id: str
@@ -134,13 +143,15 @@ def parse_peer_address(text: str) -> PeerAddress:
     Parameters
     ----------
     text : str
-        A TCP multiaddr that ends in ``/p2p/<peer id>``.
+        A TCP or circuit multiaddr that ends in ``/p2p/<peer id>``.
 
     Raises
     ------
     BadInput
         The text is not such an address, or nobody can be reached at it.
     """
+    if is_circuit(text):
+        return _parse_circuit_peer(text)
     try:
         host, port, peer_id = _split(text)
         if peer_id is None:
@@ -154,6 +165,39 @@ def parse_peer_address(text: str) -> PeerAddress:
         raise BadInput(
             f"not the address of a peer: {_shown(text)}: {error}; write for example {PEER_EXAMPLE}"
         ) from error
+
+
+def _parse_circuit_peer(text: str) -> PeerAddress:
+    relay, _, rest = text.partition(CIRCUIT)
+    if not rest.startswith("/p2p/"):
+        raise BadInput(f"not the address of a peer: {_shown(text)}: no peer id at its end")
+    through = parse_peer_address(relay)
+    try:
+        peer_id = parse_peer_id(rest.removeprefix("/p2p/"))
+    except ValueError as error:
+        raise BadInput(f"not the address of a peer: {_shown(text)}: {error}") from error
+    return PeerAddress(peer_id, (circuit_through(through),))
+
+
+def is_circuit(addr: str) -> bool:
+    """Tell whether a multiaddr leads through a relay."""
+    return CIRCUIT in addr
+
+
+def circuit_through(relay: PeerAddress) -> str:
+    """Return the circuit address through a relay, without a peer's id at its end."""
+    return f"{relay.addrs[0]}/p2p/{relay.peer_id}{CIRCUIT}"
+
+
+def relay_of(addr: str) -> PeerAddress:
+    """Return the relay that a circuit address leads through.
+
+    Raises
+    ------
+    BadInput
+        The address cannot be read.
+    """
+    return parse_peer_address(addr.partition(CIRCUIT)[0])
 
 
 def parse_peer_id(text: str) -> str:
@@ -241,18 +285,24 @@ def with_peer_id(addr: str, peer_id: str) -> str:
 
 
 def without_peer_id(addr: str) -> str:
-    """Return a multiaddr without its ``/p2p/`` part."""
-    return addr.partition("/p2p/")[0]
+    """Return a multiaddr without the ``/p2p/`` of the peer that it leads to."""
+    relay, circuit, _ = addr.partition(CIRCUIT)
+    return relay + circuit if circuit else addr.partition("/p2p/")[0]
 
 
 def plain(addr: str) -> str:
-    """Return a TCP multiaddr in its one usual form, without ``/p2p/``.
+    """Return a TCP or circuit multiaddr in its one usual form, without the peer's id.
 
     Raises
     ------
     BadInput
-        The text is not a TCP multiaddr.
+        The text is neither.
     """
+    if is_circuit(addr):
+        _, _, rest = addr.partition(CIRCUIT)
+        if (rest and not rest.startswith("/p2p/")) or rest.count("/") > 2:
+            raise BadInput(f"not a circuit address: {_shown(addr)}")
+        return circuit_through(relay_of(addr))
     return multiaddr_of(*tcp_host(addr), kind=_kind(addr))
 
 
@@ -298,17 +348,23 @@ def believable(addrs: Iterable[str], told_by: str | None) -> tuple[str, ...]:
     if innermost is Scope.LINK_LOCAL:
         innermost = Scope.PRIVATE
     kept: dict[str, None] = {}
+    circuits = 0
     for addr in addrs:
         if len(kept) == MAX_ADDRS_PER_PEER:
             break
         try:
-            host, port, _peer_id = _split(addr)
-        except ValueError:
+            host, port, _peer_id = _split(addr.partition(CIRCUIT)[0])
+            told = plain(addr)
+        except (ValueError, BadInput):
             continue  # another transport, or nonsense: of no use to us
         if port == 0 or _is_name(host):
             continue
+        if is_circuit(told):
+            circuits += 1
+            if circuits > MAX_CIRCUITS_PER_PEER:
+                continue
         if innermost is not Scope.UNUSABLE and scope_of(host) >= innermost:
-            kept[multiaddr_of(host, port)] = None
+            kept[told] = None
     return tuple(kept)
 
 

@@ -35,6 +35,7 @@ from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.keys import KeyPair
 from libp2p.custom_types import TProtocol
 from libp2p.host.basic_host import BasicHost
+from libp2p.identity.identify_push.identify_push import push_identify_to_peers
 from libp2p.network.stream.net_stream import NetStream
 from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStoreError
@@ -48,6 +49,7 @@ from .addresses import (
     MAX_ADDRS_PER_PEER,
     PeerAddress,
     advertised,
+    is_circuit,
     parse_listen,
     parse_peer_address,
     plain,
@@ -88,6 +90,9 @@ FORGET_INTERVAL_S = 600.0
 """How often expired peers are forgotten, in seconds."""
 
 Handler = Callable[[str, Stream], Awaitable[None]]
+
+CircuitDialer = Callable[[str, str], Awaitable[None]]
+"""Connects to a peer, the second argument, by a circuit address, the first."""
 
 
 class Host:
@@ -147,6 +152,8 @@ class Host:
             network_key=network_key,
         )
         self._identified_listeners: list[Callable[[str], None]] = []
+        self._circuits: tuple[str, ...] = ()
+        self._dial_circuit: CircuitDialer | None = None
         self._peerstore.on_protocols = self._tell_identified
         self._swarm.register_notifee(host_guard.Watcher(host_guard.set_socket_options))
 
@@ -206,11 +213,17 @@ class Host:
         if len(bound) < len(self._listen):
             raise BadInput(f"cannot listen on {', '.join(self._listen)}")
         self._bound = tuple(reached for addr in bound for reached in interfaces(addr))
-        self._told = tuple(dict.fromkeys((*self._announce, *advertised(self._bound))))
+        self._tell_addrs()
+
+    def _tell_addrs(self) -> None:
+        direct = (*self._announce, *advertised(self._bound))
+        self._told = tuple(dict.fromkeys((*direct, *self._circuits)))
 
     def _cut_what_is_left(self, conns: Iterable[INetConn]) -> None:
         for conn in (*conns, *self._swarm.get_connections()):
-            _cut(conn)  # libp2p forgets those whose goodbye is stuck, without closing them
+            host_guard.cut(
+                conn
+            )  # libp2p forgets those whose goodbye is stuck, without closing them
         for listener in self._swarm.listeners.values():
             nursery = getattr(listener, "_nursery", None)
             if nursery is not None:  # closing it was cancelled half-way
@@ -224,12 +237,33 @@ class Host:
         Real ports, also where 0 was asked for. For 0.0.0.0 and ``::``, the addresses
         of all interfaces, loopback last.
         """
-        ours = dict.fromkeys((*self._announce, *self._bound))
+        ours = dict.fromkeys((*self._announce, *self._bound, *self._circuits))
         return tuple(with_peer_id(addr, self.peer_id) for addr in ours)
 
     def advertised_addrs(self) -> tuple[str, ...]:
         """Return the multiaddrs that are told to other peers, without ``/p2p/``."""
         return self._told
+
+    async def set_circuits(self, addrs: Sequence[str]) -> bool:
+        """Tell peers at which circuit addresses we can be reached, from now on.
+
+        Connected peers hear of it at once (identify push).
+
+        Returns
+        -------
+        bool
+            Whether that is news.
+        """
+        if tuple(addrs) == self._circuits:
+            return False
+        self._circuits = tuple(addrs)
+        self._tell_addrs()
+        self.start_soon(lambda: push_identify_to_peers(self._libp2p))
+        return True
+
+    def set_circuit_dialer(self, dialer: CircuitDialer) -> None:
+        """Have circuit addresses dialled by `dialer`; without one they cannot be."""
+        self._dial_circuit = dialer
 
     def connected(self) -> tuple[str, ...]:
         """Return the ids of all connected peers."""
@@ -243,6 +277,12 @@ class Host:
         """Tell whether a peer is connected."""
         conns = self._swarm.connections.get(_id(peer_id), ())
         return any(host_guard.is_live(conn) for conn in conns)
+
+    def is_relayed(self, peer_id: str) -> bool:
+        """Tell whether a peer is connected, and through relays only."""
+        conns = self._swarm.connections.get(_id(peer_id), ())
+        live = [conn for conn in conns if host_guard.is_live(conn)]
+        return bool(live) and all(host_guard.socket_of(conn) is None for conn in live)
 
     def remote_host(self, peer_id: str) -> str | None:
         """Return the IP address at which we see a peer, None if it is not connected."""
@@ -344,6 +384,18 @@ class Host:
             return
         raise NoSource(f"cannot reach {peer.peer_id}: no answer within {timeout_s:g} s")
 
+    async def probe(self, addr: str, peer_id: str) -> bool:
+        """Tell whether a peer answers at an address, on a connection made for that alone.
+
+        Wants a deadline of the caller's round it.
+        """
+        try:
+            await host_guard.probe(self._swarm, addr, _id(peer_id))
+        except Exception as error:  # libp2p's layers each have their own kinds
+            log.debug("%s does not answer at %s: %s", peer_id, addr, cause_of(error))
+            return False
+        return True
+
     async def disconnect(self, peer_id: str) -> None:
         """End all connections to a peer; its streams end with an error. Never raises."""
         conns = self._swarm.get_connections(_id(peer_id))
@@ -367,7 +419,7 @@ class Host:
         async def attempt(addr: str, failed: trio.Event) -> None:
             try:
                 for resolved in await resolve(addr):
-                    await self._swarm.dial_addr(Multiaddr(resolved), peer_id)
+                    await self._dial_one(resolved, peer_id)
                     self._peerstore.add_checked(peer_id, [addr])
                     connected.cancel()
             except Exception as error:  # libp2p's layers each have their own kinds
@@ -391,6 +443,14 @@ class Host:
         if connected.cancelled_caught:
             failures.append(f"no answer within {timeout_s:g} s")
         raise NoSource(f"cannot reach {peer_id}: {'; '.join(failures[:3])}")
+
+    async def _dial_one(self, addr: str, peer_id: ID) -> None:
+        if not is_circuit(addr):
+            await self._swarm.dial_addr(Multiaddr(addr), peer_id)
+        elif self._dial_circuit is not None:
+            await self._dial_circuit(addr, str(peer_id))
+        else:
+            raise NoSource("this host uses no relays")
 
     # ---- streams
 
@@ -481,7 +541,7 @@ class Host:
             for conn in self._swarm.get_connections():
                 if host_guard.buffered_bytes(conn) > MAX_BUFFERED_BYTES:
                     log.warning("dropped %s: it sends more than allowed", conn.muxed_conn.peer_id)
-                    _cut(conn)
+                    host_guard.cut(conn)
             if trio.current_time() >= forget_at:
                 forget_at = trio.current_time() + FORGET_INTERVAL_S
                 self._peerstore.forget_expired()
@@ -500,13 +560,6 @@ def _id(peer_id: str) -> ID:
         return ID.from_string(peer_id)
     except ValueError as error:
         raise BadInput(f"not a peer id: {peer_id[:80]!r}") from error
-
-
-def _cut(conn: INetConn) -> None:
-    """Close a connection's socket; libp2p notices and cleans up."""
-    sock = host_guard.socket_of(conn)
-    if sock is not None:
-        sock.close()
 
 
 async def _close_quietly(conn: INetConn) -> None:
@@ -531,4 +584,4 @@ async def _end(conn: INetConn) -> None:
     with trio.move_on_after(GOODBYE_S) as goodbye:
         await _close_quietly(conn)
     if goodbye.cancelled_caught:
-        _cut(conn)
+        host_guard.cut(conn)

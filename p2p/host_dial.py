@@ -12,7 +12,7 @@ from multiaddr.utils import get_network_addrs
 
 from tensorswarm.store.errors import BadInput
 
-from .addresses import multiaddr_of, plain, tcp_host
+from .addresses import is_circuit, multiaddr_of, plain, tcp_host
 
 
 def usable(addrs: Iterable[str]) -> list[str]:
@@ -39,6 +39,8 @@ def interfaces(addr: str) -> list[str]:
 async def resolve(addr: str) -> list[str]:
     """Look a host name up, /etc/hosts included (py-libp2p asks DNS servers only)."""
     kind = addr.split("/", 2)[1]
+    if is_circuit(addr):
+        return [addr]  # the relay's name is looked up when it is dialled
     host, port = tcp_host(addr)
     if not kind.startswith("dns"):
         return [addr]

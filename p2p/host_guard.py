@@ -40,7 +40,7 @@ from typing import Any
 
 import trio
 from libp2p import new_host
-from libp2p.abc import INetConn, INetStream, INotifee
+from libp2p.abc import IMuxedConn, INetConn, INetStream, INotifee
 from libp2p.crypto.keys import KeyPair
 from libp2p.crypto.x25519 import create_new_key_pair as create_new_x25519_key_pair
 from libp2p.host.basic_host import BasicHost
@@ -311,21 +311,35 @@ class Watcher(INotifee):
         """Do nothing."""
 
 
-def socket_of(conn: INetConn) -> trio.socket.SocketType | None:
-    """Return the TCP socket under a connection."""
-    found: Any = conn
+def carrier_of(muxed_conn: IMuxedConn) -> Any:
+    """Return what carries a connection: a TrioTCPStream, or a circuit through a relay."""
+    found: Any = muxed_conn
     for attribute in (
-        "muxed_conn",  # Yamux
         "secured_conn",  # SecureSession
         "conn",  # NoiseTransportReadWriter
         "read_writer",  # NoisePacketReadWriter
         "read_write_closer",  # RawConnection
-        "stream",  # TrioTCPStream
-        "stream",  # trio.SocketStream
-        "socket",
+        "stream",
     ):
         found = getattr(found, attribute, None)
+    return found
+
+
+def socket_of(conn: INetConn) -> trio.socket.SocketType | None:
+    """Return the TCP socket under a connection, None if it leads through a relay."""
+    found = getattr(getattr(carrier_of(conn.muxed_conn), "stream", None), "socket", None)
     return found if isinstance(found, trio.socket.SocketType) else None
+
+
+def cut(conn: INetConn) -> None:
+    """End what carries a connection; libp2p notices and cleans up."""
+    sock = socket_of(conn)
+    if sock is not None:
+        sock.close()
+        return
+    abort = getattr(carrier_of(conn.muxed_conn), "abort", None)
+    if abort is not None:
+        abort()
 
 
 def set_socket_options(conn: INetConn) -> None:
@@ -355,6 +369,23 @@ def remote_host(swarm: Swarm, peer_id: ID) -> str | None:
             continue  # it broke a moment ago
         return host.removeprefix("::ffff:") if "." in host else host
     return None
+
+
+async def probe(swarm: Swarm, addr: str, peer_id: ID) -> None:
+    """Connect to an address, see that a peer is there by a Noise handshake, and hang up.
+
+    The swarm does not hear of it, so that a connection there is to the peer stays as it is.
+    Raises whatever libp2p raises when it fails.
+    """
+    transport = swarm.transport_manager.transport_for_dialing(Multiaddr(addr))
+    if transport is None:
+        raise BadInput(f"cannot dial {addr}")
+    raw = await transport.dial(Multiaddr(addr))
+    try:
+        await swarm.upgrader.upgrade_security(raw, True, peer_id)
+    finally:
+        with trio.CancelScope(shield=True):
+            await raw.close()
 
 
 def is_live(conn: INetConn) -> bool:
