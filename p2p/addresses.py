@@ -169,13 +169,16 @@ def parse_peer_address(text: str) -> PeerAddress:
 
 def _parse_circuit_peer(text: str) -> PeerAddress:
     relay, _, rest = text.partition(CIRCUIT)
-    if not rest.startswith("/p2p/"):
-        raise BadInput(f"not the address of a peer: {_shown(text)}: no peer id at its end")
     through = parse_peer_address(relay)
     try:
+        if not rest.startswith("/p2p/"):
+            raise ValueError("no peer id at its end")
         peer_id = parse_peer_id(rest.removeprefix("/p2p/"))
     except ValueError as error:
-        raise BadInput(f"not the address of a peer: {_shown(text)}: {error}") from error
+        raise BadInput(
+            f"not the address of a peer: {_shown(text)}: {error}; write for example "
+            f"{PEER_EXAMPLE}{CIRCUIT}/p2p/12D3KooW…"
+        ) from error
     return PeerAddress(peer_id, (circuit_through(through),))
 
 

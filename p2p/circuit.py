@@ -4,10 +4,9 @@ Purpose: hand a stream that a relay has joined to another peer's over to py-libp
 were a socket. Noise runs inside it, so the relay sees and changes nothing.
 
 Like `host_guard`, this file reaches into py-libp2p's insides; to be read again at every
-upgrade. py-libp2p has a relay client of its own (`libp2p.relay.circuit_v2`), which is not
-used: its transport keeps a discovery service dialling peers nobody asked for, reads from
-streams under deadlines that cancel inside a frame (see `host_stream`), and loses bytes that
-arrive together with the relay's status message.
+upgrade. py-libp2p has a relay client of its own (`libp2p.relay.circuit_v2`), which is not used: its
+transport comes with a discovery service that looks for relays by itself, and its reads
+under deadlines cancel inside a frame of the connection to the relay (see `host_stream`).
 
 What it does not do: speak with the relay (`relay_client`).
 """
@@ -25,6 +24,7 @@ from multiaddr import Multiaddr
 
 from tensorswarm.store.errors import NoSource, RemoteError
 
+from . import host_guard
 from .addresses import CIRCUIT
 from .host import Host
 from .relay_wire import MessageStream
@@ -95,7 +95,10 @@ async def connect_through(host: Host, messages: MessageStream, peer_id: str) -> 
     raw = _raw(circuit, initiator=True, relay=messages.stream.peer_id)
     try:
         with trio.fail_after(UPGRADE_TIMEOUT_S):
-            await _swarm(host).upgrade_outbound_raw_conn(raw, ID.from_string(peer_id))
+            swarm = _swarm(host)
+            await swarm.upgrade_outbound_raw_conn(
+                host_guard.protected(swarm, raw), ID.from_string(peer_id)
+            )
     except trio.TooSlowError as error:
         circuit.abort()
         raise NoSource(f"{peer_id} did not answer through the relay") from error

@@ -276,6 +276,11 @@ class Publisher:
             self._newcomers[node] = None
         self.wake()
 
+    def announce_again(self) -> None:
+        """Send every record anew: they carry our addresses, and these have changed."""
+        self._schedule.make_due(self._clock(), self._schedule.confirmed())
+        self.wake()
+
     def wake(self) -> None:
         """Look at once whether anything is due: the clock or the network has changed."""
         self._wake.set()

@@ -257,6 +257,10 @@ class Discovery:
         for digest in gone:
             self._dht.records.remove_own(dht_key(digest))
 
+    def announce_again(self) -> None:
+        """Announce everything anew, because our addresses have changed."""
+        self._publisher.announce_again()
+
     async def check_sample(self) -> int:
         """Look for a sample of what we announced; return how many of it are gone."""
         return await self._publisher.check_sample()

@@ -71,6 +71,9 @@ CONNECT_TIMEOUT_S = 10.0
 DIAL_STAGGER_S = 0.25
 """Head start of each address over the next (RFC 8305 says 250 ms)."""
 
+CIRCUIT_STAGGER_S = 1.0
+"""Head start of the last direct address over a relay: three slow round trips."""
+
 STREAM_TIMEOUT_S = 10.0
 """Default time to open a stream, in seconds."""
 
@@ -244,7 +247,7 @@ class Host:
         """Return the multiaddrs that are told to other peers, without ``/p2p/``."""
         return self._told
 
-    async def set_circuits(self, addrs: Sequence[str]) -> bool:
+    def set_circuits(self, addrs: Sequence[str]) -> bool:
         """Tell peers at which circuit addresses we can be reached, from now on.
 
         Connected peers hear of it at once (identify push).
@@ -405,7 +408,7 @@ class Host:
 
     def _start_dial(self, peer: PeerAddress, timeout_s: float) -> Errand[None]:
         addrs = dict.fromkeys((*usable(peer.addrs), *self.addrs_of(peer.peer_id)))
-        chosen = tuple(addrs)[: 2 * MAX_ADDRS_PER_PEER]
+        chosen = sorted(tuple(addrs)[: 2 * MAX_ADDRS_PER_PEER], key=is_circuit)
         errand = Errand(
             self._background(), lambda: self._dial(_id(peer.peer_id), chosen, timeout_s)
         )
@@ -429,10 +432,13 @@ class Host:
         try:
             with connected:
                 async with trio.open_nursery() as nursery:
-                    for addr in addrs:
+                    for addr, following in zip(addrs, (*addrs[1:], ""), strict=True):
                         failed = trio.Event()
                         nursery.start_soon(attempt, addr, failed)
-                        with trio.move_on_after(DIAL_STAGGER_S):
+                        is_last_direct = is_circuit(following) and not is_circuit(addr)
+                        with trio.move_on_after(
+                            CIRCUIT_STAGGER_S if is_last_direct else DIAL_STAGGER_S
+                        ):
                             await failed.wait()
         finally:
             self._dials.pop(str(peer_id), None)

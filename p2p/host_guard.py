@@ -26,6 +26,9 @@ What is put right
   peer that sends more than it was allowed to.
 - A vanished peer's connection would live for a quarter of an hour: see
   `set_socket_options`.
+- The addresses told to peers lose all after their first ``/p2p/``, so that a circuit
+  address becomes that of its relay, where another peer answers. `build` puts
+  `get_addrs` right.
 - Some modules log to the root logger, which installs a handler there.
 """
 
@@ -40,7 +43,7 @@ from typing import Any
 
 import trio
 from libp2p import new_host
-from libp2p.abc import IMuxedConn, INetConn, INetStream, INotifee
+from libp2p.abc import IMuxedConn, INetConn, INetStream, INotifee, IRawConnection
 from libp2p.crypto.keys import KeyPair
 from libp2p.crypto.x25519 import create_new_key_pair as create_new_x25519_key_pair
 from libp2p.host.basic_host import BasicHost
@@ -62,7 +65,7 @@ from multiaddr import Multiaddr
 
 from tensorswarm.store.errors import BadInput
 
-from .addresses import MAX_ADDRS_PER_PEER, believable, tcp_host
+from .addresses import MAX_ADDRS_PER_PEER, believable, tcp_host, with_peer_id
 from .host_stream import is_ending
 from .pnet import ProtectedConnection
 
@@ -225,6 +228,12 @@ def build(
     swarm = host.get_network()
     if not isinstance(host, BasicHost) or not isinstance(swarm, Swarm):
         raise TypeError("this py-libp2p is not the one that tensorswarm was written for")
+    own_id = str(host.get_id())
+
+    def told() -> list[Multiaddr]:
+        return [Multiaddr(with_peer_id(addr, own_id)) for addr in own_addrs()]
+
+    host.get_addrs = told  # type: ignore[method-assign]
     swarm.retry_config = RetryConfig(max_retries=0)  # whoever wants it tries again
     swarm.auto_connector = NoAutoConnect(swarm)
     peerstore.remote_host = lambda peer_id: remote_host(swarm, peer_id)
@@ -371,6 +380,14 @@ def remote_host(swarm: Swarm, peer_id: ID) -> str | None:
     return None
 
 
+def protected(swarm: Swarm, raw: IRawConnection) -> IRawConnection:
+    """Put a connection that we dial under the network's key, if there is one.
+
+    py-libp2p does that for those that it dials itself, and for inbound ones.
+    """
+    return raw if swarm.psk is None else ProtectedConnection(raw, swarm.psk)
+
+
 async def probe(swarm: Swarm, addr: str, peer_id: ID) -> None:
     """Connect to an address, see that a peer is there by a Noise handshake, and hang up.
 
@@ -381,8 +398,10 @@ async def probe(swarm: Swarm, addr: str, peer_id: ID) -> None:
     if transport is None:
         raise BadInput(f"cannot dial {addr}")
     raw = await transport.dial(Multiaddr(addr))
+    if not isinstance(raw, IRawConnection):
+        raise BadInput(f"cannot dial {addr} as a plain connection")
     try:
-        await swarm.upgrader.upgrade_security(raw, True, peer_id)
+        await swarm.upgrader.upgrade_security(protected(swarm, raw), True, peer_id)
     finally:
         with trio.CancelScope(shield=True):
             await raw.close()

@@ -14,7 +14,7 @@ import trio
 from tensorswarm.store.errors import NoSource, RemoteError
 
 from . import wire, wire_limits
-from .addresses import PeerAddress
+from .addresses import PeerAddress, is_circuit
 from .answers import Answers
 from .host import Host, Stream
 from .neighbour import Neighbour
@@ -181,7 +181,7 @@ class Neighbours:
         if digest and not self._answers.to(asker).may_have(digest):
             return []
         return [
-            wire.PeerEntry(peer_id, neighbour.hello.addrs[: wire_limits.MAX_PEER_ADDRS])
+            wire.PeerEntry(peer_id, self._addrs_of(neighbour)[: wire_limits.MAX_PEER_ADDRS])
             for peer_id, neighbour in self._table.items()
             if peer_id != asker
             and neighbour.hello.addrs
@@ -189,6 +189,12 @@ class Neighbours:
                 not digest or digest in neighbour.interests or digest in self._held.get(peer_id, ())
             )
         ]
+
+    def _addrs_of(self, neighbour: Neighbour) -> tuple[str, ...]:
+        """Return where a neighbour says it is: a relay it found since hello comes first."""
+        known = self._host.addrs_of(neighbour.peer_id)
+        circuits = [addr for addr in known if is_circuit(addr)]
+        return tuple(dict.fromkeys((*circuits, *neighbour.hello.addrs)))
 
     async def tell(self, entries: Iterable[wire.HaveEntry]) -> None:
         """Tell every neighbour the news it asked to hear."""

@@ -25,9 +25,10 @@ from tensorswarm.store.version import VERSION
 
 from . import wire, wire_limits
 from .access import Access
-from .addresses import PeerAddress, is_loopback, tcp_host
+from .addresses import PeerAddress, is_loopback, parse_peer_address, tcp_host
 from .announcer import Announcer
 from .answers import Answers
+from .autonat import AutoNatServer
 from .bootstrap import Bootstrapper, Bootstraps
 from .bulk_server import BulkServer
 from .dht_file import FILE_NAME, DhtFile
@@ -40,6 +41,9 @@ from .neighbours import Neighbours
 from .node_state import remove_state, write_state
 from .pnet import fingerprint, read_key
 from .rates import limiter_of
+from .reach import Reach
+from .relay_client import RelayClient
+from .relay_server import RelayServer
 from .results import FetchResult
 from .routes import Routes, bulk_candidates, bulk_told
 from .services import Services
@@ -85,6 +89,11 @@ class Node:
     upload_limit, download_limit : float or str, optional
         What the node gives, and takes, in all: bytes per second, or as people write it,
         such as ``"5MB/s"`` (see `rates.parse_rate`).
+    relay : bool
+        Whether to be a relay for peers that cannot be dialled (see `relay_server`).
+    via : sequence of str
+        Relays to use if this node cannot be dialled, ending in ``/p2p/<peer id>``; besides
+        those it meets.
 
     Attributes
     ----------
@@ -113,6 +122,8 @@ class Node:
         seed: int | None = None,
         upload_limit: float | str | None = None,
         download_limit: float | str | None = None,
+        relay: bool = False,
+        via: Sequence[str] = (),
     ) -> None:
         self._given_store = store
         self._bootstraps = Bootstraps(bootstrap)
@@ -124,6 +135,8 @@ class Node:
         self._rng = random.Random(seed)
         self.upload_limiter = limiter_of(upload_limit)
         self.download_limiter = limiter_of(download_limit)
+        self._is_relay = relay
+        self._via = [parse_peer_address(text) for text in via]
         self._stack = AsyncExitStack()
         self.peer_id = ""
 
@@ -196,8 +209,14 @@ class Node:
             self._bulk_addresses,
             lambda peer_id: self._host.open_stream(peer_id, BULK_STREAM_PROTOCOL),
             self._host.start_soon,
+            is_relayed=self._host.is_relayed,
             limiter=self.download_limiter,
         )
+        self.reach = Reach(
+            self._host, RelayClient(self._host), self._via, on_change=self._addresses_changed
+        )
+        if self._is_relay:
+            RelayServer(self._host, limiter=self.upload_limiter).start()
         file = None
         if lock is not None:
             path = self.store.root / FILE_NAME
@@ -224,6 +243,8 @@ class Node:
                 self.store, self.discovery, self.neighbours, self.access, log.info
             )
             self._nursery.start_soon(announcer.run)
+            AutoNatServer(self._host)
+            await self._nursery.start(self.reach.run)
         if lock is not None and self._server:
             write_state(self.store.place, self._state())
             stack.callback(remove_state, self.store.root)
@@ -240,6 +261,10 @@ class Node:
             addrs if self._server else (),
             fingerprint=fingerprint(key) if key is not None else "",
         )
+
+    def _addresses_changed(self) -> None:
+        log.info("reachable at %s", ", ".join(self._host.advertised_addrs()) or "nowhere")
+        self.discovery.announce_again()
 
     def _hello(self) -> wire.Hello:
         _, port = self._bulk.address
@@ -264,6 +289,8 @@ class Node:
             "peer_id": self.peer_id,
             "addrs": list(self.addrs),
             "dht": self.discovery.statistics(),
+            "reachability": self.reach.reachability.value,
+            "relays": list(self.reach.places),
         }
 
     # ---- use
@@ -356,6 +383,10 @@ class Node:
             for peer in self._bootstraps.peers:
                 nursery.start_soon(meet, peer)
         return failed
+
+    def is_relayed(self, peer_id: str) -> bool:
+        """Tell whether a peer is connected through a relay only."""
+        return self._host.is_relayed(peer_id)
 
     def statistics(self) -> dict[str, Any]:
         """Return counters of the node, for people and logs."""

@@ -16,7 +16,7 @@ Rules
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 
 import trio
 
@@ -61,7 +61,7 @@ class Reach:
     relays : sequence of PeerAddress
         Relays to use, besides those met.
     on_change : callable
-        Awaited when our addresses have changed.
+        Called when our addresses have changed.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Reach:
         client: RelayClient,
         relays: Sequence[PeerAddress] = (),
         *,
-        on_change: Callable[[], Awaitable[object]] | None = None,
+        on_change: Callable[[], object] = lambda: None,
     ) -> None:
         self._host = host
         self._client = client
@@ -98,10 +98,14 @@ class Reach:
         task_status.started()
         while True:
             self._changed = trio.Event()
-            await self.check()
-            await self._keep_places()
+            await self.tick()
             with trio.move_on_after(TICK_S):
                 await self._changed.wait()
+
+    async def tick(self) -> None:
+        """Do once what is due now."""
+        await self.check()
+        await self._keep_places()
 
     # ---- whether we can be reached
 
@@ -207,5 +211,5 @@ class Reach:
 
     async def _tell(self) -> None:
         addrs = [address for _, address in self._places.values()]
-        if await self._host.set_circuits(addrs) and self._on_change is not None:
-            await self._on_change()
+        if self._host.set_circuits(addrs):
+            self._on_change()

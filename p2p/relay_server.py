@@ -42,6 +42,7 @@ from tensorswarm.store.errors import NoSource, ProtocolError, RemoteError
 
 from .addresses import is_circuit, with_peer_id
 from .host import Host, Stream
+from .rates import RateLimiter
 from .relay_wire import HOP_PROTOCOL, MESSAGE_TIMEOUT_S, STOP_PROTOCOL, MessageStream, voucher
 
 _log = logging.getLogger(__name__)
@@ -110,9 +111,8 @@ class RelayServer:
         What it gives.
     allow : callable, optional
         From a peer id to whether it may reserve and connect.
-    pace : callable, optional
-        Called in a thread with peer id and byte count before bytes are passed on; returns
-        when they may be.
+    limiter : RateLimiter, optional
+        Holds what is passed on, with all else that the node gives, below a rate.
     clock : callable, optional
         Seconds since 1970.
     """
@@ -123,13 +123,14 @@ class RelayServer:
         limits: RelayLimits | None = None,
         *,
         allow: Callable[[str], bool] = lambda _peer_id: True,
-        pace: Callable[[str, int], object] | None = None,
+        limiter: RateLimiter | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._host = host
         self._limits = limits or RelayLimits()
         self._allow = allow
-        self._pace = pace
+        self._limiter = limiter
+        self._turns = trio.CapacityLimiter(2 * self._limits.circuits)
         self._clock = clock
         self._reserved: dict[str, tuple[float, str]] = {}  # until when, and the IP address
         self._circuits: Counter[str] = Counter()
@@ -264,6 +265,18 @@ class RelayServer:
             raise
         return messages
 
+    async def _send(self, taker: Stream, data: bytes) -> None:
+        if self._limiter is None:
+            await taker.send(data)
+            return
+        step = self._limiter.slice_bytes
+        for start in range(0, len(data), step):
+            piece = data[start : start + step]
+            await trio.to_thread.run_sync(
+                self._limiter.take, taker.peer_id, len(piece), limiter=self._turns
+            )
+            await taker.send(piece)
+
     async def _pass_on(
         self, giver: MessageStream, taker: MessageStream, ends: trio.CancelScope
     ) -> None:
@@ -275,10 +288,7 @@ class RelayServer:
                 if data:
                     left -= len(data)
                     self._bytes += len(data)
-                    if self._pace is not None:
-                        pace, peer_id = self._pace, taker.stream.peer_id
-                        await trio.to_thread.run_sync(pace, peer_id, len(data))
-                    await taker.stream.send(data)
+                    await self._send(taker.stream, data)
                 data = await giver.stream.receive_some()
                 if not data:
                     break

@@ -22,7 +22,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from enum import Enum
 
 from . import wire_limits
-from .addresses import Scope, scope_of, tcp_host
+from .addresses import Scope, is_circuit, scope_of, tcp_host
 from .bulk_dial import MAX_ADDRESSES
 from .host import Stream
 from .peer_source import PeerSource
@@ -166,6 +166,8 @@ def bulk_told(listening: Iterable[str], port: int) -> tuple[str, ...]:
     """
     told = [f":{port}"]
     for addr in listening:
+        if is_circuit(addr):
+            continue  # bytes go over streams there
         host, _ = tcp_host(addr)
         told.append(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
     return tuple(dict.fromkeys(told))[:MAX_ADDRESSES]

@@ -37,7 +37,7 @@ async def survey(node: Node, digest: bytes, timeout_s: float) -> list[dict[str, 
     Returns
     -------
     list of dict
-        ``peer_id``, ``agent``, ``addrs``, ``bulk``, ``rtt_ms``, ``bytes_held``.
+        ``peer_id``, ``agent``, ``addrs``, ``bulk``, ``via``, ``rtt_ms``, ``bytes_held``.
 
     Raises
     ------
@@ -84,6 +84,7 @@ async def survey(node: Node, digest: bytes, timeout_s: float) -> list[dict[str, 
             "agent": neighbour.hello.agent,
             "addrs": list(neighbour.hello.addrs),
             "bulk": list(neighbour.hello.bulk),
+            "via": "relay" if node.is_relayed(neighbour.peer_id) else "direct",
             "rtt_ms": round(1000 * rtts.get(neighbour.peer_id, 0.0), 2),
             "bytes_held": held.get(neighbour.peer_id, 0),
         }

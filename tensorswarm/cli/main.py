@@ -204,6 +204,18 @@ def _add_network_commands(command: Callable[..., Parser], network: Parser) -> No
         help="TCP port of the bulk plane (default: any free one)",
     )
     sub.add_argument(
+        "--relay",
+        action="store_true",
+        help="pass connections on to peers that cannot be dialled (circuit relay v2)",
+    )
+    sub.add_argument(
+        "--via",
+        action="append",
+        default=[],
+        metavar="ADDR",
+        help="a relay to use if this node cannot be dialled, besides those it meets",
+    )
+    sub.add_argument(
         "--http", metavar="HOST:PORT", help="serve the store's models over plain HTTP as well"
     )
     _add_limits(sub)

@@ -102,6 +102,8 @@ def node(args: argparse.Namespace, output: Output) -> int:
                     download_limit=args.download_limit,
                     mdns=None if args.mdns else False,
                     network=args.network,
+                    relay=args.relay,
+                    via=args.via,
                 ) as running,
             ):
                 limiter = running.upload_limiter
@@ -168,16 +170,24 @@ def peers(args: argparse.Namespace, output: Output) -> int:
     if not bootstrap:
         raise NoSource("there is nobody to ask: give --bootstrap, or start a node on this store")
 
-    async def main() -> list[dict[str, Any]]:
+    async def main() -> tuple[list[dict[str, Any]], str]:
         async with (
             one_error(),
             Node(args.store, bootstrap=bootstrap, server=False, network=args.network) as asking,
         ):
-            return await survey(asking, ref.digest if ref else b"", args.timeout)
+            rows = await survey(asking, ref.digest if ref else b"", args.timeout)
+            with trio.move_on_after(args.timeout):
+                await asking.reach.check()
+            return rows, asking.reach.reachability.value
 
     begun = time.monotonic()
-    found = trio.run(main)
-    document: dict[str, Any] = {"peers": found, "seconds": round(time.monotonic() - begun, 3)}
+    found, verdict = trio.run(main)
+    document: dict[str, Any] = {
+        "peers": found,
+        "reachability": state.get("reachability", verdict),
+        "relays": state.get("relays", []),
+        "seconds": round(time.monotonic() - begun, 3),
+    }
     if args.dht:
         document["dht"] = state.get("dht", {})
 
@@ -193,6 +203,9 @@ def peers(args: argparse.Namespace, output: Output) -> int:
             for peer in found
         ]
         output.table(["peer", "agent", "ms ", "holds ", "address"], rows)
+        output.say(f"others can dial this node: {document['reachability']}")
+        for relay in document["relays"]:
+            output.say(f"reachable through relay {relay}")
         if args.dht:
             output.say()
             counts = [[name.replace("_", " "), str(n)] for name, n in document["dht"].items()]

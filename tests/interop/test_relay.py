@@ -97,6 +97,19 @@ def test_without_a_reservation_there_is_no_circuit() -> None:
     run(main)
 
 
+def test_peers_hear_of_circuit_addresses_at_once() -> None:
+    async def main() -> None:
+        async with scene() as it:
+            assert it.hidden.set_circuits([it.circuit])
+            assert not it.hidden.set_circuits([it.circuit])
+            assert it.hidden.addrs() == (f"{it.circuit}/p2p/{it.hidden.peer_id}",)
+            while it.circuit not in it.relay.addrs_of(it.hidden.peer_id):
+                await trio.lowlevel.checkpoint()
+            assert it.relay.addrs_of(it.hidden.peer_id) == (it.circuit,)
+
+    run(main)
+
+
 def test_a_reservation_ends_with_its_connection() -> None:
     async def main() -> None:
         async with scene() as it:

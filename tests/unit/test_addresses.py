@@ -21,6 +21,7 @@ from tensorswarm.p2p.addresses import (
     peer_id_bytes,
     peer_id_text,
     plain,
+    relay_of,
     scope_of,
     tcp_host,
     with_peer_id,
@@ -31,6 +32,7 @@ from tensorswarm.store.errors import BadInput
 ED25519_ID = "12D3KooWD3eckifWpRn9wQpMG9R9hX3sD158z7EqHWmweQAJU5SA"
 ED25519_CID = "bafzaajaiaejcal72gwuz2or47oyxxn6b3rkwdmmkrxgkjxzy3rqt5kczyn7lcm3l"
 RSA_ID = "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
+CIRCUIT_AT_A_RELAY = f"/ip4/192.0.2.7/tcp/1/p2p/{ED25519_ID}/p2p-circuit"
 
 
 @pytest.mark.parametrize(
@@ -104,7 +106,9 @@ def test_names_keep_their_kind_and_old_and_cid_forms_are_read() -> None:
         (f"/ip4/0.0.0.0/tcp/1/p2p/{ED25519_ID}", "cannot be dialled"),
         (f"/ip4/224.0.0.1/tcp/1/p2p/{ED25519_ID}", "cannot be dialled"),
         (f"/ip4/192.0.2.7/udp/1/quic-v1/p2p/{ED25519_ID}", "only plain TCP"),
-        (f"/ip4/192.0.2.7/tcp/1/p2p/{ED25519_ID}/p2p-circuit", "more after the peer id"),
+        (f"/ip4/192.0.2.7/tcp/1/p2p/{ED25519_ID}/p2p-circuit", "no peer id at its end"),
+        (f"/ip4/192.0.2.7/tcp/1/p2p-circuit/p2p/{ED25519_ID}", "the peer id is missing"),
+        (f"{CIRCUIT_AT_A_RELAY}/p2p/{RSA_ID}/p2p-circuit/p2p/{RSA_ID}", "is not a peer id"),
         (f"/dns/a..b/tcp/1/p2p/{ED25519_ID}", "not a host name"),
         (f"/dns/1.2.3.4/tcp/1/p2p/{ED25519_ID}", "not a host name"),
         (f"/unix/x/tcp/1/p2p/{ED25519_ID}", "is not a host"),
@@ -225,6 +229,32 @@ def test_a_peer_on_this_machine_may_name_loopback_addresses() -> None:
         "/ip4/127.0.0.1/tcp/22",
         "/ip4/10.0.0.9/tcp/4001",
         "/ip4/8.8.8.8/tcp/4001",
+    )
+
+
+def test_circuit_addresses_are_read() -> None:
+    addr = f"/ip4/192.0.2.7/tcp/01/p2p/{ED25519_CID}/p2p-circuit"
+    assert parse_peer_address(f"{addr}/p2p/{RSA_ID}") == PeerAddress(RSA_ID, (CIRCUIT_AT_A_RELAY,))
+    assert plain(addr) == plain(f"{addr}/p2p/{RSA_ID}") == CIRCUIT_AT_A_RELAY
+    assert with_peer_id(CIRCUIT_AT_A_RELAY, RSA_ID) == f"{CIRCUIT_AT_A_RELAY}/p2p/{RSA_ID}"
+    assert without_peer_id(f"{CIRCUIT_AT_A_RELAY}/p2p/{RSA_ID}") == CIRCUIT_AT_A_RELAY
+    assert relay_of(CIRCUIT_AT_A_RELAY) == PeerAddress(ED25519_ID, ("/ip4/192.0.2.7/tcp/1",))
+    for bad in (f"{addr}/p2p/{RSA_ID}/p2p-circuit", f"{addr}x", "/p2p-circuit"):
+        with pytest.raises(BadInput):
+            plain(bad)
+
+
+def test_a_relay_is_believed_where_a_peer_would_be() -> None:
+    def circuit(host: str) -> str:
+        return f"/ip4/{host}/tcp/1/p2p/{ED25519_ID}/p2p-circuit"
+
+    claimed = [circuit(host) for host in ("127.0.0.1", "10.0.0.9", "8.8.8.8", "169.254.169.254")]
+    assert believable(claimed, told_by="8.8.4.4") == (circuit("8.8.8.8"),)
+    assert believable(claimed, told_by="10.0.0.1") == (circuit("10.0.0.9"), circuit("8.8.8.8"))
+    many = [circuit(f"8.8.8.{number}") for number in range(1, 9)]
+    assert believable([*many, "/ip4/8.8.8.8/tcp/1"], told_by=None) == (
+        *many[:3],
+        "/ip4/8.8.8.8/tcp/1",
     )
 
 
