@@ -432,7 +432,7 @@ class Host:
         try:
             with connected:
                 async with trio.open_nursery() as nursery:
-                    for addr, following in zip(addrs, (*addrs[1:], ""), strict=True):
+                    for addr, following in zip(addrs, (*addrs[1:], ""), strict=False):
                         failed = trio.Event()
                         nursery.start_soon(attempt, addr, failed)
                         is_last_direct = is_circuit(following) and not is_circuit(addr)
