@@ -79,7 +79,7 @@ class Reach:
         self._verdicts = Verdicts()
         self._checked_at = -CHECK_INTERVAL_S
         self._places: dict[str, tuple[float, str]] = {}  # when to renew, and the address
-        self._refused: dict[str, float] = {}
+        self._refused: dict[tuple[str, str], float] = {}  # by protocol and peer
         self._changed = trio.Event()
         host.on_identified(lambda _peer_id: self._changed.set())
 
@@ -117,7 +117,7 @@ class Reach:
             for peer_id in self._host.connected()
             if AUTONAT_PROTOCOL in self._host.protocols_of(peer_id)
             and not self._host.is_relayed(peer_id)
-            and self._may_ask(peer_id, now)
+            and self._may_ask(AUTONAT_PROTOCOL, peer_id, now)
         ]
         fresh = [peer_id for peer_id in able if not self._verdicts.has(peer_id)]
         missing = ENOUGH_VERDICTS - sum(map(self._verdicts.has, self._host.connected()))
@@ -137,20 +137,20 @@ class Reach:
             _log.debug("asking %s to dial back: %s", peer_id, error)
             said = Reachability.UNKNOWN
         if said is Reachability.UNKNOWN:
-            self._note_refused(peer_id)
+            self._note_refused(AUTONAT_PROTOCOL, peer_id)
             return
         self._checked_at = trio.current_time()
         self._verdicts.add(peer_id, said)
         if self.reachability is not before:
             _log.info("others can dial this node: %s", self.reachability.value)
 
-    def _may_ask(self, peer_id: str, now: float) -> bool:
-        return now - self._refused.get(peer_id, -REFUSED_PAUSE_S) >= REFUSED_PAUSE_S
+    def _may_ask(self, protocol: str, peer_id: str, now: float) -> bool:
+        return now - self._refused.get((protocol, peer_id), -REFUSED_PAUSE_S) >= REFUSED_PAUSE_S
 
-    def _note_refused(self, peer_id: str) -> None:
+    def _note_refused(self, protocol: str, peer_id: str) -> None:
         if len(self._refused) >= MAX_REMEMBERED:
             self._refused.clear()  # asking once more is cheap
-        self._refused[peer_id] = trio.current_time()
+        self._refused[protocol, peer_id] = trio.current_time()
 
     # ---- relays
 
@@ -178,7 +178,7 @@ class Reach:
         return [
             relay
             for relay in dict.fromkeys((*self._relays, *met))
-            if relay not in self._places and self._may_ask(relay, now)
+            if relay not in self._places and self._may_ask(HOP_PROTOCOL, relay, now)
         ]
 
     async def _reserve(self, relay: str) -> None:
@@ -189,7 +189,7 @@ class Reach:
             address = self._address_of(relay)
         except RemoteError as error:
             _log.info("no place at relay %s: %s", relay, error)
-            self._note_refused(relay)
+            self._note_refused(HOP_PROTOCOL, relay)
             self._drop(relay)
             return
         if relay not in self._places:
