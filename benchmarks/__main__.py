@@ -18,6 +18,7 @@ NAMES = (
     "long_wire",
     "crowd",
     "scale",
+    "discovery",
     "swarm",
 )
 """The first is what runs without a name."""

@@ -45,8 +45,9 @@ from .addresses import PeerAddress
 from .dht_file import DhtFile
 from .dht_lookup import ALPHA, Lookup
 from .dht_publish import Announcement, Publisher
-from .dht_rpc import KAD_PROTOCOL, Question, ask, find_node, get_providers, peers_in
+from .dht_rpc import KAD_PROTOCOL, Question, find_node, get_providers, peers_in
 from .dht_server import GuardedDht
+from .dht_streams import DhtStreams
 from .host import Host
 
 __all__ = ["Announcement", "Bootstrapped", "Discovery", "Provider"]
@@ -152,6 +153,7 @@ class Discovery:
     ) -> None:
         self._host = host
         self._dht = GuardedDht(host, server=server, clock=clock, rng=rng, file=file)
+        self._streams = DhtStreams(host)
         self._dead: dict[str, float] = {}
         self.searches = 0
         self._publisher = Publisher(
@@ -274,6 +276,8 @@ class Discovery:
         return {
             "nodes": self.routing_table_size(),
             "searches": self.searches,
+            "questions_asked": self._streams.asked,
+            "streams_opened": self._streams.opened,
             "records_kept": self._dht.records.size(),
             **self._publisher.statistics(),
         }
@@ -386,7 +390,7 @@ class Discovery:
 
     async def _ask(self, node: str, question: Question) -> Message:
         try:
-            answer = await ask(self._host, node, question, PEER_TIMEOUT_S)
+            answer = await self._streams.ask(node, question, PEER_TIMEOUT_S)
         except RemoteError:
             self._dead[node] = trio.current_time()
             if len(self._dead) > MAX_DEAD:
@@ -420,7 +424,8 @@ class Discovery:
         for peer in self._host.connected():
             if KAD_PROTOCOL in self._host.protocols_of(peer):
                 known[peer] = None
-        return [node for node in known if not self._is_dead(node)]
+        alive = [node for node in known if not self._is_dead(node)]
+        return alive or list(known)  # with nobody left, the network may have been ours
 
 
 def _random_peer_id() -> bytes:

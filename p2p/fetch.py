@@ -56,7 +56,9 @@ LOOK_INTERVAL_S = 0.5
 """How often it is looked whether something lacks a source, while nothing does."""
 
 LARGEST_LACKING = 3
-"""Tensors without a source that are looked up in one round, largest first."""
+"""Tensors without a source that are looked up in one round, largest first. The first
+round looks for one alone: whoever has the largest usually has the others too, as with a
+fine-tune whose base is elsewhere."""
 
 MAX_SPARE_BYTES = 16 << 20
 """Most room left free on the disk, for the index and for everybody else."""
@@ -433,7 +435,8 @@ class Fetch:
                 await trio.sleep(LOOK_INTERVAL_S)
                 if trio.current_time() < next_round:
                     continue
-            largest = [digests[index] for index in lacking[:LARGEST_LACKING]]
+            count = 1 if fruitless == 1 else LARGEST_LACKING
+            largest = [digests[index] for index in lacking[:count]]
             await self._search.round([*keys, *largest], widely=bool(lacking))
             next_round = trio.current_time() + MORE_PEERS_PAUSE_S
 

@@ -30,7 +30,19 @@ MAX_FAILURES_KEPT = 64
 """Reasons remembered for the final message."""
 
 REDIAL_AFTER_S = 5.0
-"""Pause before a peer that could not be reached is dialled again."""
+"""Pause before a peer that could not be reached is dialled again, in seconds. It doubles
+with each failure: whoever names a hundred addresses where nobody is gets our attention
+once, and those behind them get their turn."""
+
+MAX_REDIAL_AFTER_S = 120.0
+"""Longest such pause, in seconds."""
+
+FRESH_S = 1.0
+"""A key looked up so short a time ago is not looked up again: the steps of one fetch
+follow each other faster than providers come."""
+
+MAX_KEYS_REMEMBERED = 1_000
+"""Keys of which it is remembered when they were looked up."""
 
 
 class Search:
@@ -57,7 +69,8 @@ class Search:
         self._neighbours = neighbours
         self._discovery = discovery
         self._bootstrap = bootstrap  # grows when names are looked up
-        self._tried_at: dict[str, float] = {}
+        self._redial_at: dict[str, tuple[float, float]] = {}
+        self._looked_up_at: dict[bytes, float] = {}
         self._dials = trio.CapacityLimiter(MAX_PARALLEL_DIALS)
         self.failures: dict[str, str] = {}
 
@@ -76,10 +89,20 @@ class Search:
                 for peer in self._bootstrap:
                     nursery.start_soon(self.meet, peer)
                 for key in keys[:MAX_KEYS_PER_ROUND]:
-                    nursery.start_soon(self._ask_dht, key, nursery)
+                    if self._is_to_be_looked_up(key):
+                        nursery.start_soon(self._ask_dht, key, nursery)
                 for neighbour in self._neighbours.all():
                     topic = b"" if widely else keys[0]
                     nursery.start_soon(self._ask_neighbour, neighbour.peer_id, topic, nursery)
+
+    def _is_to_be_looked_up(self, key: bytes) -> bool:
+        now = trio.current_time()
+        if now - self._looked_up_at.get(key, -FRESH_S) < FRESH_S:
+            return False
+        if len(self._looked_up_at) >= MAX_KEYS_REMEMBERED:
+            self._looked_up_at.clear()  # a forgotten key only costs a second look-up
+        self._looked_up_at[key] = now
+        return True
 
     async def _ask_dht(self, key: bytes, nursery: trio.Nursery) -> None:
         async with self._discovery.find_providers(key, timeout_s=ROUND_TIMEOUT_S) as providers:
@@ -106,11 +129,12 @@ class Search:
         now = trio.current_time()
         if self._neighbours.is_neighbour(peer.peer_id):
             return
-        if now - self._tried_at.get(peer.peer_id, -REDIAL_AFTER_S) < REDIAL_AFTER_S:
+        redial_at, pause_s = self._redial_at.get(peer.peer_id, (now, REDIAL_AFTER_S))
+        if now < redial_at:
             return
-        if len(self._tried_at) >= MAX_FAILURES_KEPT * 16:
-            self._tried_at.clear()  # stale notes only cost a second attempt
-        self._tried_at[peer.peer_id] = now
+        if len(self._redial_at) >= MAX_FAILURES_KEPT * 16:
+            self._redial_at.clear()  # stale notes only cost a second attempt
+        self._redial_at[peer.peer_id] = (now + pause_s, min(2 * pause_s, MAX_REDIAL_AFTER_S))
         async with self._dials:
             try:
                 await self._neighbours.meet(peer)
