@@ -5,8 +5,11 @@
 // Prints how many of each file agreed, as JSON; ends with an error at the first that does not.
 
 import assert from 'node:assert/strict'
+import { createHash } from 'node:crypto'
 import { readFileSync } from 'node:fs'
 import { join } from 'node:path'
+import { peerIdFromString } from '@libp2p/peer-id'
+import { requestFor, verdictOf } from './bulk.mjs'
 import {
   CHUNK_BYTES, MODEL_CODEC, cidOf, concat, digestOf, hex, textOf, unhex
 } from './bytes.mjs'
@@ -95,9 +98,42 @@ function manifest () {
   return files.length
 }
 
+/** Where a key or a binary peer id lies on the DHT. */
+const pointOf = (bytes) => createHash('sha256').update(bytes).digest('hex')
+
+function dht () {
+  const { keys, peers, distance } = read('dht.json')
+  for (const { digest, key, point } of keys) {
+    const made = cidOf(unhex(digest)).multihash.bytes
+    assert.equal(hex(made), key)
+    assert.equal(pointOf(made), point)
+  }
+  for (const { peer_id: id, binary, point } of peers) {
+    const made = peerIdFromString(id).toMultihash().bytes
+    assert.equal(hex(made), binary)
+    assert.equal(pointOf(made), point)
+  }
+  const peer = peerIdFromString(distance.peer_id).toMultihash().bytes
+  const apart = BigInt(`0x${pointOf(unhex(distance.key))}`) ^ BigInt(`0x${pointOf(peer)}`)
+  assert.equal(apart.toString(16).padStart(64, '0'), distance.distance)
+  return keys.length + peers.length + 1
+}
+
+function bulk () {
+  const { requests, answers } = read('bulk.json')
+  const { digest, first, last, head } = requests[0]
+  assert.equal(requestFor(unhex(digest), first, last), head)
+  for (const answer of answers) {
+    assert.equal(verdictOf(answer.head, answer.first, answer.last), answer.verdict, answer.name)
+  }
+  return answers.length + 1
+}
+
 function contentOf ({ before, text, after, counting_bytes: length }) {
   if (length !== undefined) return counting(length)
   return concat([unhex(before ?? ''), new TextEncoder().encode(text), unhex(after ?? '')])
 }
 
-console.log(JSON.stringify({ wire: wire(), digests: digests(), manifest: manifest() }))
+console.log(JSON.stringify({
+  wire: wire(), digests: digests(), manifest: manifest(), dht: dht(), bulk: bulk()
+}))
