@@ -67,6 +67,7 @@ class Crowd:
         self._limits = limits
         self._since = 0.0
         self._moved_at: float | None = None
+        self._heard_at = 0.0
         self._proved_chunks = 0
         self._peer_rate = SteadyRate(limits.duty_memory_s)
         self._was_last_call = False
@@ -89,6 +90,10 @@ class Crowd:
         self._proved_chunks += 1
         if kind is SourceKind.PEER:
             self._peer_rate.note(now, byte_count)
+
+    def heard(self, now: float) -> None:
+        """Note that a source has something new for us: the swarm is alive."""
+        self._heard_at = now
 
     def holders_changed(self) -> None:
         """Note that chunks have become free, or that a holder has gone."""
@@ -136,7 +141,7 @@ class Crowd:
     def _of_origin(
         self, now: float, state: SourceState, room_bytes: int, moved_at: float
     ) -> Choice:
-        turn_at = self._duty.turn_at(moved_at)
+        turn_at = self._duty.turn_at(max(moved_at, self._heard_at))
         if now < turn_at:
             return Choice(_NOTHING, turn_at)
         draft = self._duty.draft(state, room_bytes)

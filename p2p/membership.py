@@ -75,6 +75,7 @@ class Membership:
         self._hearsay: dict[str, tuple[float, str]] = {}
         self._tellers: dict[str, int] = {}
         self._failed: dict[str, float] = {}
+        self._finished: dict[str, None] = {}
         self._ranks: dict[str, int] = {}
 
     # who is there
@@ -89,6 +90,7 @@ class Membership:
     def left(self, now: float, name: str) -> None:
         """Note a member that we could not reach, or that has gone."""
         self._met.pop(name, None)
+        self._finished.pop(name, None)
         self._forget_hearsay(name)
         self._failed[name] = now
         if len(self._failed) > self.limits.max_members:
@@ -97,6 +99,7 @@ class Membership:
     def let_go(self, now: float, name: str) -> None:
         """Note a member that is there, but no neighbour any more."""
         self._met.pop(name, None)
+        self._finished.pop(name, None)
         self.heard(now, [name], name)
 
     def heard(self, now: float, names: Iterable[str], teller: str) -> None:
@@ -131,6 +134,15 @@ class Membership:
             self._forget_hearsay(name)
         return [*self._met, *self._hearsay]
 
+    def finished(self, name: str) -> None:
+        """Note a member that has everything: it serves, but does no duty any more."""
+        if name in self._met:
+            self._finished[name] = None
+
+    def on_call(self, now: float) -> list[str]:
+        """Return the members that still download, as far as we know."""
+        return [name for name in self.members(now) if name not in self._finished]
+
     def to_tell(self, now: float, asker: str) -> list[str]:
         """Return the members to name to a neighbour: the first by rank, and a sample."""
         limits = self.limits
@@ -155,7 +167,7 @@ class Membership:
 
     def _first(self, now: float) -> list[str]:
         """Return the first members by rank if we are one of them."""
-        ranked = heapq.nlargest(self.limits.on_duty, [self.me, *self.members(now)], key=self._rank)
+        ranked = heapq.nlargest(self.limits.on_duty, [self.me, *self.on_call(now)], key=self._rank)
         return ranked if self.me in ranked else []
 
     def to_dial(

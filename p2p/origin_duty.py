@@ -14,9 +14,10 @@ All members of a download that can reach the same origin take each of its bytes 
    then third, from the end of the order, where the owner comes last; but not the owner's
    next one, which should be on its way.
 4. What a neighbour has announced is not fetched from the origin any more.
-5. Who gets nothing for `duty_patience_s`, and a bit longer the lower it ranks, takes a
-   turn whatever its rank: members that are gone, silent or slow hold up nobody for long.
-   Whose origin is `duty_gain` times as fast as all its peers together asks it freely.
+5. Who gets nothing and hears of nothing new for `duty_patience_s`, and longer the lower
+   it ranks, takes a turn whatever its rank: members that are gone, silent or slow hold up
+   nobody for long. Whose origin is `duty_gain` times as fast as all its peers together
+   asks it freely.
 
 No I/O, no clock. The order and the owners cost the same for a thousand chunks as for a
 million, apart from one pass over the blocks when the members on duty change.
@@ -35,6 +36,8 @@ from .source_state import SourceState
 from .swarm_types import PlannerLimits
 
 _MASK = (1 << 64) - 1
+
+_MOST_BEHIND = 100  # keeps the power finite; its result has reached its limit long before
 
 
 @lru_cache(maxsize=1 << 14)
@@ -100,8 +103,9 @@ class OriginDuty:
         limits = self._limits
         if self.rank < limits.duty_members:
             return 0.0
-        behind = min(self.rank - limits.duty_members, limits.duty_members_patient)
-        return hungry_since + limits.duty_patience_s + behind * limits.duty_step_s
+        behind = min(self.rank - limits.duty_members, _MOST_BEHIND)
+        patience_s = limits.duty_patience_s * limits.duty_growth**behind
+        return hungry_since + min(patience_s, limits.duty_longest_s)
 
     def draft(self, origin: SourceState, room_bytes: int) -> Draft:
         """Choose what to ask an origin for: our own chunks, then what seems left over."""

@@ -22,8 +22,7 @@ Rules
   its files may have changed, and which ones, the owner can tell better.
 - A failed request drops its source, except when the source merely lacks something.
   The owner may bring back anyone but a liar, under the same name.
-- With other members of a swarm in sight (`set_members`) it plans for all of them: see
-  `crowd`, and `origin_duty` for what it still asks of an origin.
+- With other members of a swarm in sight it plans for all of them: `crowd`, `origin_duty`.
 - Every request in flight has a deadline. Every table has a limit (`PlannerLimits`).
 
 Cost: what one chunk costs does not depend on the number of chunks (`chunk_map`,
@@ -194,6 +193,7 @@ class Planner:
             is_work |= state.gain(self._chunks, block, mask)
         state.bar_refused(self._chunks)
         if is_work:
+            self._crowd.heard(now)
             self._make_hungry(state)
         else:
             self._stir(state)
@@ -252,7 +252,7 @@ class Planner:
         now : float
             The time.
         key : bytes
-            The swarm's key; ranks are made from it.
+            The swarm's key.
         me : str
             Our own name in the swarm.
         others : collection of str

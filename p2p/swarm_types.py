@@ -89,12 +89,14 @@ class PlannerLimits:
     """Members of a crowd that fetch from the origin at one time: two keep its uplink busy
     over any round trip, and the others make up for those that are slow or gone."""
     duty_patience_s: float = 1.0
-    """A member that gets nothing for so long asks the origin, whatever its rank."""
-    duty_step_s: float = 0.25
-    """So much later with each rank, so that they do not all come at once."""
-    duty_members_patient: int = 40
-    """Ranks beyond are as patient as this one: 11 s, whatever the size of the swarm."""
-    duty_gain: float = 2.0
+    """A member that gets nothing for so long, and hears of nothing new, asks the origin
+    though it is not on duty."""
+    duty_growth: float = 1.5
+    """So many times as long with each rank: when an origin is so weak that a chunk takes
+    seconds, a few more members try, and not all of them."""
+    duty_longest_s: float = 30.0
+    """Longest patience of a member, whatever its rank."""
+    duty_gain: float = 4.0
     """An origin so many times as fast as all peers together is asked freely."""
     duty_trial_s: float = 5.0
     """Not before the peers have had so long to show what they give."""

@@ -59,6 +59,8 @@ class UploadSlots:
         Offers open besides.
     rng : random.Random
         Breaks ties.
+    is_rarest_first : bool
+        False for experiments: any chunk that somebody lacks is as good as another.
 
     Attributes
     ----------
@@ -68,10 +70,13 @@ class UploadSlots:
         The requests being served, by peer and ticket.
     """
 
-    def __init__(self, slots: int, ahead: int, rng: random.Random) -> None:
+    def __init__(
+        self, slots: int, ahead: int, rng: random.Random, *, is_rarest_first: bool = True
+    ) -> None:
         self._slots = slots
         self._ahead = ahead
         self._rng = rng
+        self._is_rarest_first = is_rarest_first
         self._peers: dict[str, int] = {}
         self._offered: dict[str, tuple[int, float]] = {}
         self._passed: dict[str, float] = {}
@@ -149,8 +154,8 @@ class UploadSlots:
 
     def _rarest(self, candidates: int) -> int:
         """Return those candidates that the fewest neighbours have, or get from us."""
-        if not candidates:
-            return 0
+        if not candidates or not self._is_rarest_first:
+            return candidates
         planes: list[int] = []
         for has in self._peers.values():
             _count(planes, has & candidates)

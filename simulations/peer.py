@@ -7,7 +7,9 @@ serves what they ask. All of that goes through the frames of `p2p.wire`.
 
 from __future__ import annotations
 
+import math
 import random
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -47,6 +49,9 @@ class Nature:
         Whether it is a seed.
     stays_s : float
         How long it stays after it has finished.
+    wants : int or None
+        The chunks it wants, as a set of bits; None for all. Who wants the same shares
+        origin duty.
     """
 
     uplink_bytes_per_s: float
@@ -58,6 +63,7 @@ class Nature:
     is_behind_nat: bool = False
     has_everything: bool = False
     stays_s: float = float("inf")
+    wants: int | None = None
 
     @property
     def is_honest(self) -> bool:
@@ -120,7 +126,14 @@ class SimulatedPeer:
         self.neighbours: dict[str, Known] = {}
         self.dialled: dict[str, None] = {}
         self.banned: dict[str, None] = {}
-        self.slots = UploadSlots(world.setup.slots, world.setup.ahead, self.rng)
+        self.is_sharing = False
+        self.lied_to_by: dict[str, None] = {}
+        self.slots = UploadSlots(
+            world.setup.slots,
+            world.setup.ahead,
+            self.rng,
+            is_rarest_first=world.setup.is_rarest_first,
+        )
         self.serving: dict[tuple[str, int], Serving] = {}
         self.has = world.everything if nature.has_everything or not nature.is_honest else 0
         self.slots.held = self.has
@@ -128,6 +141,9 @@ class SimulatedPeer:
         self.finished_at: float | None = None
         self.moved_at = 0.0
         self.wasted_bytes = 0
+        self.origin_asked_at = 0.0
+        self.origin_chunk_s = math.inf
+        self.recent: deque[float] = deque(maxlen=64)
         self._news = 0
         self._news_due = False
         self._told_at = -1.0
@@ -135,17 +151,17 @@ class SimulatedPeer:
         self._offers_at = float("inf")
         self._roster_due = False
         self.in_flight: dict[tuple[str, int], set[tuple[int, int]]] = {}
-        wants = not nature.has_everything and nature.is_honest
-        self.planner = (
-            Planner(
+        self.wants = world.everything if nature.wants is None else nature.wants
+        self.planner = None
+        if not nature.has_everything and nature.is_honest:
+            unwanted = world.everything & ~self.wants
+            self.planner = Planner(
                 [world.setup.chunks * CHUNK_SIZE],
                 rng=self.rng,
+                proved={0: world.bitmap(unwanted)} if unwanted else {},
                 limits=world.setup.limits,
                 keys=[world.digest],
             )
-            if wants
-            else None
-        )
 
     # ---- coming and going
 
@@ -232,7 +248,7 @@ class SimulatedPeer:
             return
         self.neighbours[peer.name] = Known(peer)
         if peer.planner is not None and self.world.setup.makes_offers:
-            self.slots.peer_has(peer.name, 0)
+            self.slots.peer_has(peer.name, self.world.everything & ~peer.wants)
         if not peer.nature.has_everything:
             self.membership.met(peer.name)
         if self.planner is not None:
@@ -278,7 +294,12 @@ class SimulatedPeer:
         self._roster_due = False
         if self.planner is not None and self.world.setup.is_duty_shared:
             now = self.world.engine.now
-            members = self.membership.members(now)
+            members = [
+                name
+                for name in self.membership.on_call(now)
+                if self.world.by_name[name].wants == self.wants
+            ]
+            self.is_sharing = bool(members)
             self.planner.set_members(now, self.world.key, self.name, members)
             self.act_soon()
 
@@ -327,7 +348,7 @@ class SimulatedPeer:
         size_bytes = world.setup.chunks * CHUNK_SIZE
         if self.has == world.everything:
             return (wire.HaveEntry(world.digest, size_bytes, None, b""),)
-        bitmap = self.has.to_bytes((world.setup.chunks + 7) // 8, "little")
+        bitmap = world.bitmap(self.has)
         return (wire.HaveEntry(world.digest, size_bytes, bitmap, world.chunk_list),)
 
     def _heard(self, known: Known, message: wire.Have) -> None:
@@ -335,6 +356,9 @@ class SimulatedPeer:
             bitmap = entry.bitmap
             mask = self.world.everything if bitmap is None else int.from_bytes(bitmap, "little")
             known.mask |= mask
+            if not known.peer.wants & ~known.mask:
+                self.membership.finished(known.peer.name)
+                self._roster_changed()
             if self.world.setup.makes_offers and known.peer.planner is not None:
                 self.slots.peer_has(known.peer.name, mask)
             if self.planner is not None:
@@ -393,6 +417,7 @@ class SimulatedPeer:
         if request.source == "origin":
             assert world.origin is not None
             origin = world.origin
+            self.origin_asked_at = world.engine.now
             world.engine.after(world.setup.latency_s, lambda: origin.asked(self, request))
             return
         known = self.neighbours[request.source]
@@ -446,6 +471,7 @@ class SimulatedPeer:
         known = self.neighbours.get(source)
         if not is_good:
             self.wasted_bytes += CHUNK_SIZE
+            self.lied_to_by[source] = None
             planner.chunk_refused(now, source, *chunk)
         elif self.has & bit:
             self.wasted_bytes += CHUNK_SIZE
@@ -453,6 +479,10 @@ class SimulatedPeer:
         else:
             self.has |= bit
             self.moved_at = now
+            if source == "origin":
+                self.origin_chunk_s = now - self.origin_asked_at
+            else:
+                self.recent.append(now)
             world.trace.note(now, 1, self.index, world.number_of(source), chunk[1])
             if known is not None:
                 known.given_bytes += CHUNK_SIZE
@@ -472,7 +502,7 @@ class SimulatedPeer:
         if not self._news_due:
             self._news_due = True
             engine.at(self._told_at + self.world.setup.have_batch_s, self._tell)
-        if self.has == self.world.everything:
+        if self.has & self.wants == self.wants:
             self.finished_at = engine.now
             self.world.finished(self)
 

@@ -42,6 +42,8 @@ class Setup:
         Offers open besides.
     makes_offers : bool
         Whether nodes offer uploads, or wait to be asked.
+    is_rarest_first : bool
+        Whether offers name the rarest chunk, or any.
     is_duty_shared : bool
         Whether members share origin duty.
     settle_s : float
@@ -66,6 +68,7 @@ class Setup:
     slots: int = 1
     ahead: int = 1
     makes_offers: bool = True
+    is_rarest_first: bool = True
     is_duty_shared: bool = True
     settle_s: float = 0.15
     tick_s: float = 0.002
@@ -143,6 +146,7 @@ class World:
         self.trace = Trace()
         self.network = Network(self.engine)
         self.everything = (1 << setup.chunks) - 1
+        self.size_bytes = setup.chunks * CHUNK_SIZE
         self.digest = digest_of(b"simulated object")
         self.key = digest_of(b"simulated swarm")
         self.chunk_list = digest_of(b"simulated chunk list") if setup.chunks > 1 else b""
@@ -205,6 +209,10 @@ class World:
                 peer.woken()
 
         self.engine.at(deadline, wake)
+
+    def bitmap(self, mask: int) -> bytes:
+        """Return a set of chunks as the bitmap of a have-message."""
+        return mask.to_bytes((self.setup.chunks + 7) // 8, "little")
 
     # ---- who reaches whom
 

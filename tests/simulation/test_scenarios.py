@@ -1,0 +1,74 @@
+"""Every scenario of a swarm, small: it runs, its checkers are content, its figures hold.
+
+The last test takes a new seed each time and prints it.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+
+from tensorswarm.simulations import scenario
+
+SMALL = {
+    "rules": {"nodes": "8", "chunks": "32"},
+    "flash_crowd": {"nodes": "12", "chunks": "16"},
+    "uplinks": {"nodes": "8", "chunks": "32"},
+    "churn": {"nodes": "8", "chunks": "32", "passing": "12"},
+    "nat": {"nodes": "10", "chunks": "32"},
+    "partition": {"nodes": "8", "chunks": "64", "parts_at_s": "2", "heals_at_s": "5"},
+    "seed_leaves": {"nodes": "8", "chunks": "32"},
+    "arrivals": {"nodes": "20", "chunks": "16"},
+    "fine_tunes": {"nodes": "10", "chunks": "32", "models": "3"},
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_everybody_finishes_and_no_rule_is_broken(name: str) -> None:
+    outcome = scenario.find(name).run(1, SMALL[name])
+    assert not outcome.failures
+    assert float(str(outcome.summary["last_s"])) < 1000
+
+
+def test_seed_leaves_after_little_more_than_one_copy() -> None:
+    summary = scenario.find("seed_leaves").run(1, SMALL["seed_leaves"]).summary
+    assert float(str(summary["seed_copies"])) < 1.3
+
+
+def test_tensors_shared_by_models_leave_the_origin_in_fewer_copies() -> None:
+    by_tensor, by_file = (
+        scenario.find("fine_tunes").run(1, SMALL["fine_tunes"]).tables["fine_tunes"]
+    )
+    assert float(str(by_tensor["origin_models"])) < float(str(by_file["origin_models"]))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_with_a_third_of_liars_the_honest_finish_within_twice_the_time(seed: int) -> None:
+    outcome = scenario.find("liars").run(seed, {"nodes": "12", "chunks": "48"})
+    assert not outcome.failures
+    row = outcome.tables["liars"][-1]
+    assert float(str(row["ratio"])) <= 2.0
+    assert int(str(row["liars_met"])) > 0
+
+
+def test_random_swarms_with_a_new_seed_each_time(capsys: pytest.CaptureFixture[str]) -> None:
+    # Some 20 seconds of chance: as many swarms as fit, whatever the machine.
+    seed = random.SystemRandom().randrange(1 << 32)
+    dice = random.Random(seed)
+    until = time.monotonic() + 15.0
+    while time.monotonic() < until:
+        name = dice.choice(sorted(SMALL.keys() - {"rules"}) + ["liars", "broadcast"])
+        settings = {
+            "nodes": str(dice.randint(2, 14)),
+            "chunks": str(dice.choice([1, 2, 7, 16, 33])),
+            "latency_s": str(dice.choice([0.001, 0.02, 0.2])),
+            "dials": str(dice.choice([2, 4, 6])),
+        }
+        each = dice.randrange(1 << 32)
+        words = " ".join(f"--set {key}={value}" for key, value in settings.items())
+        command = f"tensorswarm sim {name} --seed {each} {words}"
+        with capsys.disabled():
+            print(f"\n{command}", end="")
+        assert not scenario.find(name).run(each, settings).failures, command
