@@ -130,7 +130,7 @@ class Tensorswarm(Contender):
     """Ourselves: TLS, every chunk verified, into an empty store."""
 
     name = "tensorswarm"
-    options: tuple[str, ...] = ()
+    bulk = "tls"
 
     def prepare(self) -> None:
         """Add the model to a store."""
@@ -144,14 +144,22 @@ class Tensorswarm(Contender):
         self.server = Server(
             python(
                 *("tensorswarm", "node", "--listen", "/ip4/127.0.0.1/tcp/0"),
-                *("--store", str(self.served), "--json", *self.options),
+                *("--store", str(self.served), "--json", "--bulk", self.bulk),
             )
         )
         self._address = json.loads(self.server.first_line)["addrs"][0]
 
     def run(self, target: Path) -> Measurement:
         """Fetch into an empty store."""
-        return self._receive("tensorswarm", str(target / "store"), self._model, self._address)
+        store = str(target / "store")
+        return self._receive("tensorswarm", store, self._model, self._address, self.bulk)
+
+
+class TensorswarmClear(Tensorswarm):
+    """Ourselves with ``--bulk clear``: verified, not encrypted."""
+
+    name = "tensorswarm, clear"
+    bulk = "clear"
 
 
 class Libtorrent(Contender):
@@ -273,6 +281,7 @@ class Copy(Contender):
 
 CONTENDERS: tuple[type[Contender], ...] = (
     Tensorswarm,
+    TensorswarmClear,
     Libtorrent,
     Iroh,
     Aria2,

@@ -19,14 +19,15 @@ from pathlib import Path
 from .processes import memory_bytes, own_cpu_seconds
 
 
-def tensorswarm_fetch(target: str, model: str, address: str) -> dict[str, float]:
+def tensorswarm_fetch(target: str, model: str, address: str, bulk: str) -> dict[str, float]:
     """Fetch with this project, into an empty store."""
     import trio
 
     from tensorswarm.p2p.node import Node
 
     async def main() -> dict[str, float]:
-        async with Node(Path(target), bootstrap=[address], server=False, seed=1) as node:
+        options = {"server": False, "seed": 1, "bulk": bulk}
+        async with Node(Path(target), bootstrap=[address], **options) as node:
             before = memory_bytes(os.getpid(), "VmRSS")
             begun, cpu = time.perf_counter(), own_cpu_seconds()
             result = await node.fetch(model)

@@ -31,7 +31,7 @@ from functools import cache
 
 from tensorswarm.store.errors import NoSource, ProtocolError, Refused, RemoteError
 
-from . import http1
+from . import bulk_clear, http1
 from .http1 import RangeRequest
 from .http1_small import SmallClientExchange, SmallRequest, bitmap_bytes
 from .tls import BulkIdentity, peer_id_of
@@ -88,7 +88,7 @@ class Unreachable(NoSource):
 
 
 class BulkConnection:
-    """A TLS connection to a peer's bulk server. Made by `connect`."""
+    """A connection to a peer's bulk server: TLS, or begun so. Made by `connect`."""
 
     def __init__(
         self,
@@ -104,6 +104,7 @@ class BulkConnection:
         self._abort_lock = threading.Lock()
         self._aborted = False
         self._raw: socket.socket | None = None
+        self._socket: socket.socket
         self._outstanding: deque[http1.ClientExchange | SmallClientExchange] = deque()
         self._body_left = 0
         self._buffer = bytearray(RECEIVE_BUFFER_BYTES)
@@ -179,25 +180,38 @@ class BulkConnection:
                 raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, NEAR_RECEIVE_BYTES)
             raw.settimeout(_left_s(deadline))
             with self._abort_lock:
-                self._socket = self._identity.client_context.wrap_socket(
-                    raw, do_handshake_on_connect=False
-                )
-                self._raw = self._socket
-            self._socket.do_handshake()
+                context = bulk_clear.context_for(self._identity, raw, server_side=False)
+                secured = context.wrap_socket(raw, do_handshake_on_connect=False)
+                self._raw = self._socket = secured
+            secured.do_handshake()
+            found = peer_id_of(secured)
+            if found != self._peer_id:
+                raise ProtocolError(f"is {found} at {host} port {port}, not {self._peer_id}")
+            if bulk_clear.agree(secured, deadline, server_side=False):
+                self._leave_tls(secured, deadline)
         except TimeoutError as error:
             raise Unreachable(f"{host} port {port}: no answer in time") from error
         except (OSError, OverflowError) as error:  # the latter: a port beyond 65535
             raise Unreachable(f"{host} port {port}: {error}") from error
-        found = peer_id_of(self._socket)
-        if found != self._peer_id:
-            raise ProtocolError(f"is {found} at {host} port {port}, not {self._peer_id}")
         self._socket.settimeout(self._stall_timeout_s)
+
+    def _leave_tls(self, secured: ssl.SSLSocket, deadline: float) -> None:
+        bulk_clear.end_tls(secured, deadline)
+        with self._abort_lock:  # no `abort` while the descriptor changes hands
+            if self._aborted:
+                raise Closed("aborted while connecting")
+            self._raw = self._socket = bulk_clear.detach(secured)
 
     def _adopt(self, raw: socket.socket) -> None:
         with self._abort_lock:
             self._raw = raw
             if self._aborted:
                 raise Closed("aborted while connecting")
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the connection has left TLS; see `bulk_clear`."""
+        return not isinstance(self._socket, ssl.SSLSocket)
 
     @property
     def outstanding(self) -> int:

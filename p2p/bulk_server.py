@@ -29,9 +29,7 @@ from __future__ import annotations
 
 import logging
 import os
-import selectors
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -40,9 +38,10 @@ from functools import partial
 from typing import NamedTuple
 
 from tensorswarm.store.errors import LocalError, ProtocolError
-from tensorswarm.store.reader import ObjectReader
+from tensorswarm.store.reader import FileReader, ObjectReader
 
-from . import http1
+from . import bulk_clear, http1
+from .bulk_send import Sender
 from .bulk_table import (
     MAX_CONNECTIONS,
     MAX_CONNECTIONS_PER_PEER,
@@ -98,9 +97,6 @@ who receive, verify and read; with more, 24 connections got 870 MB/s together in
 1,550, and one of them six times as much as another (two processors, loopback)."""
 
 _SHORTEST_WAIT_S = 0.001  # a timeout of 0 would mean "do not wait at all"
-
-# Unlike the best of each system, these cost no file descriptor.
-_Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 _log = logging.getLogger(__name__)
 
@@ -317,6 +313,7 @@ class _Connection:
         self._table = table
         self._limiter = limiter
         self._name = ""
+        self._is_clear = False
         self._reader: tuple[bytes, ObjectReader] | None = None
         self._input = bytearray(INPUT_BUFFER_BYTES)
         self._start = self._end = 0
@@ -332,6 +329,7 @@ class _Connection:
         failed = True
         try:
             self._socket = self._handshake()
+            self._sender = Sender(self._socket, self._name, self._gate, self._patience)
             self._answer_all()
             failed = False
         except ProtocolError as error:
@@ -349,11 +347,13 @@ class _Connection:
             with self._abort_lock:
                 self._raw.close()
 
-    def _handshake(self) -> ssl.SSLSocket:
+    def _handshake(self) -> socket.socket:
+        deadline = time.monotonic() + self._times.handshake_timeout_s
         self._raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._raw.settimeout(self._times.handshake_timeout_s)
         with self._abort_lock:
-            secured = self._identity.server_context.wrap_socket(
+            context = bulk_clear.context_for(self._identity, self._raw, server_side=True)
+            secured = context.wrap_socket(
                 self._raw, server_side=True, do_handshake_on_connect=False
             )
             self._raw = secured
@@ -361,7 +361,13 @@ class _Connection:
         self._name = peer_id_of(secured)
         self._busy = not self._table.identify(self, self._name, time.monotonic())
         self._output = memoryview(bytearray(SEND_BUFFER_BYTES))
-        return secured
+        if not bulk_clear.agree(secured, deadline, server_side=True):
+            return secured
+        bulk_clear.end_tls(secured, deadline)
+        with self._abort_lock:  # no `abort` while the descriptor changes hands
+            self._raw = bulk_clear.detach(secured)
+        self._is_clear = True
+        return self._raw
 
     def _answer_all(self) -> None:
         while (head := self._next_head()) is not None:
@@ -422,6 +428,7 @@ class _Connection:
 
     def _answer(self, exchange: http1.ServerExchange) -> None:
         _, offset, length = exchange.request
+        self._filled_requests += 1
         reader = self._reader_for(exchange.request)
         if reader is None:
             self._put(exchange.refusal(http1.NOT_FOUND))
@@ -430,7 +437,6 @@ class _Connection:
         else:
             self._put(exchange.partial_content(reader.size_bytes))
             self._put_body(reader, offset, length)
-        self._filled_requests += 1
 
     def _answer_small(self, exchange: SmallServerExchange) -> None:
         body = self._next_body(exchange.body_bytes)
@@ -497,6 +503,9 @@ class _Connection:
 
     def _put_body(self, reader: ObjectReader, offset: int, length: int) -> None:
         """Add an object's bytes, sending as often as the buffer is full."""
+        if self._is_clear and (file := bulk_clear.sendable(reader, length)) is not None:
+            self._send_file(file, offset, length)
+            return
         end = offset + length
         while offset < end:
             if self._filled == len(self._output):
@@ -510,51 +519,37 @@ class _Connection:
             self._filled_bytes += len(view)
             offset += len(view)
 
+    def _send_file(self, reader: FileReader, offset: int, length: int) -> None:
+        """Send an object's bytes without reading them, behind what is collected."""
+        self._flush()
+        most = self._most_at_once(bulk_clear.FILE_SLICE_BYTES)
+        end = offset + length
+        while offset < end:
+            count = min(end - offset, most)
+            if self._limiter is not None:
+                self._limiter.take(self._name, count)
+            self._table.count(self._name, 0, count)
+            self._sender.send_file(reader, offset, count)
+            offset += count
+
+    def _most_at_once(self, most: int) -> int:
+        return most if self._limiter is None else min(most, self._limiter.slice_bytes)
+
     def _flush(self) -> None:
         """Send what is collected, as fast as the limiter and the reader's patience allow."""
         if not self._filled:
             return
         # Before sending: a peer that has the bytes finds them counted.
         self._table.count(self._name, self._filled_requests, self._filled_bytes)
-        most = SEND_SLICE_BYTES
-        if self._limiter is not None:
-            most = min(most, self._limiter.slice_bytes)
+        most = self._most_at_once(SEND_SLICE_BYTES)
         start = 0
         while start < self._filled:
             stop = min(self._filled, start + most)
             if self._limiter is not None:
                 self._limiter.take(self._name, stop - start)
-            self._send(self._output[start:stop])
+            self._sender.send(self._output[start:stop])
             start = stop
         self._filled = self._filled_requests = self._filled_bytes = 0
-
-    def _send(self, data: memoryview) -> None:
-        """Send, and wait for the reader outside of the gate."""
-        self._socket.settimeout(0.0)
-        while data:
-            with self._gate.turn(self._name, len(data)):
-                sent = self._send_now(data)
-            self._patience.note(sent, 0.0)
-            data = data[sent:]
-            if data:
-                self._wait_for_reader()
-
-    def _send_now(self, data: memoryview) -> int:
-        """Send as much as goes without waiting."""
-        sent = 0
-        # After an attempt that would block, TLS wants the same bytes again: so it gets them.
-        with suppress(ssl.SSLWantWriteError):
-            while sent < len(data):
-                sent += self._socket.send(data[sent:])
-        return sent
-
-    def _wait_for_reader(self) -> None:
-        begun = time.monotonic()
-        with _Selector() as selector:
-            selector.register(self._raw, selectors.EVENT_WRITE)
-            if not selector.select(max(0.0, self._patience.left_s)):
-                raise ProtocolError("took too little of its answer for too long")
-        self._patience.note(0, time.monotonic() - begun)
 
     def _finish(self, refusal: bytes) -> None:
         """Send a last answer, and give the peer a moment to read it."""

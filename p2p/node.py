@@ -19,7 +19,7 @@ from typing import Any
 import trio
 
 from tensorswarm.store.cid import MODEL_CODEC, parse_reference
-from tensorswarm.store.errors import RemoteError, TensorswarmError
+from tensorswarm.store.errors import BadInput, RemoteError, TensorswarmError
 from tensorswarm.store.store import Store
 from tensorswarm.store.version import VERSION
 
@@ -94,6 +94,9 @@ class Node:
     via : sequence of str
         Relays to use if this node cannot be dialled, ending in ``/p2p/<peer id>``; besides
         those it meets.
+    bulk : str
+        ``"tls"``, or ``"clear"``: connections within this machine may leave TLS after the
+        handshake (see `bulk_clear`).
 
     Attributes
     ----------
@@ -124,13 +127,17 @@ class Node:
         download_limit: float | str | None = None,
         relay: bool = False,
         via: Sequence[str] = (),
+        bulk: str = "tls",
     ) -> None:
+        if bulk not in ("tls", "clear"):
+            raise BadInput(f"bulk is tls or clear, not {bulk!r}")
         self._given_store = store
         self._bootstraps = Bootstraps(bootstrap)
         self._listen = tuple(listen) or (_default_listen(self._bootstraps),)
         self._mdns = mdns
         self._network_key = read_key(Path(network)) if network is not None else None
         self._bulk_port = bulk_port
+        self._may_clear = bulk == "clear"
         self._server = server
         self._rng = random.Random(seed)
         self.upload_limiter = limiter_of(upload_limit)
@@ -175,7 +182,7 @@ class Node:
         key_pair, lock = await trio.to_thread.run_sync(identity_for, self.store.root)
         if lock is not None:
             stack.callback(lock.release)
-        self._identity = BulkIdentity(key_pair)
+        self._identity = BulkIdentity(key_pair, may_clear=self._may_clear)
         self._host = await stack.enter_async_context(
             Host(key_pair, self._listen, network_key=self._network_key)
         )

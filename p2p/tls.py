@@ -32,6 +32,10 @@ APPLICATION_PROTOCOL = "http/1.1"
 """Protocol named in the handshake (ALPN). Not ``libp2p``: no libp2p stream follows."""
 
 
+CLEAR_PROTOCOL = "tensorswarm-clear/1"
+"""Named as well by who would leave TLS after the handshake; see `bulk_clear`."""
+
+
 class BulkIdentity:
     """The TLS contexts of one key pair, made once and shared by all connections.
 
@@ -39,6 +43,8 @@ class BulkIdentity:
     ----------
     key_pair : KeyPair
         The node's libp2p key pair.
+    may_clear : bool, optional
+        Whether connections within this machine may leave TLS after the handshake.
 
     Attributes
     ----------
@@ -48,19 +54,28 @@ class BulkIdentity:
         For the accepting side. Asks for the client's certificate.
     client_context : ssl.SSLContext
         For the connecting side. Presents the same certificate.
+    may_clear : bool
+        As given.
+    clear_server_context, clear_client_context : ssl.SSLContext
+        The same, naming `CLEAR_PROTOCOL` before the usual one.
     """
 
-    def __init__(self, key_pair: KeyPair) -> None:
+    def __init__(self, key_pair: KeyPair, *, may_clear: bool = False) -> None:
         self.peer_id = str(ID.from_pubkey(key_pair.public_key))
         transport = TLSTransport(key_pair)
-        self.server_context = _context(transport, server_side=True)
-        self.server_context.num_tickets = 0
-        self.client_context = _context(transport, server_side=False)
+        usual, clear = [APPLICATION_PROTOCOL], [CLEAR_PROTOCOL, APPLICATION_PROTOCOL]
+        self.server_context = _context(transport, usual, server_side=True)
+        self.client_context = _context(transport, usual, server_side=False)
+        self.may_clear = may_clear
+        self.clear_server_context = _context(transport, clear, server_side=True)
+        self.clear_client_context = _context(transport, clear, server_side=False)
 
 
-def _context(transport: TLSTransport, *, server_side: bool) -> ssl.SSLContext:
+def _context(transport: TLSTransport, protocols: list[str], *, server_side: bool) -> ssl.SSLContext:
     context = transport.create_ssl_context(server_side=server_side)
-    context.set_alpn_protocols([APPLICATION_PROTOCOL])
+    context.set_alpn_protocols(protocols)
+    if server_side:
+        context.num_tickets = 0
     return context
 
 

@@ -235,6 +235,7 @@ def fetch_into(
     download_limit: RateLimit = None,
     mdns: bool = True,
     network: Path | None = None,
+    bulk: str = "tls",
 ) -> FetchResult:
     """Fetch into an open store; starts a node for it only when something is missing.
 
@@ -261,6 +262,7 @@ def fetch_into(
             limits,
             mdns,
             network,
+            bulk,
         )
     if out is not None:
         result.path = export_result(store, result, include, out)
@@ -292,6 +294,7 @@ def _fetch_from_network(
     limits: tuple[RateLimit, RateLimit],
     mdns: bool,
     network: Path | None,
+    bulk: str,
 ) -> FetchResult:
     import trio
 
@@ -320,6 +323,7 @@ def _fetch_from_network(
                 network=network,
                 upload_limit=limits[0],
                 download_limit=limits[1],
+                bulk=bulk,
             ) as node,
         ):
             return await node.fetch_digest(ref.digest, options, is_model=ref.kind is RefKind.MODEL)

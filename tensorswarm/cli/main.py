@@ -219,6 +219,7 @@ def _add_network_commands(command: Callable[..., Parser], network: Parser) -> No
         "--http", metavar="HOST:PORT", help="serve the store's models over plain HTTP as well"
     )
     _add_limits(sub)
+    _add_bulk(sub)
     sub = command("fetch", commands.fetch, "fetch a model or a tensor", network)
     sub.add_argument("ref", metavar="REF")
     sub.add_argument(
@@ -238,6 +239,7 @@ def _add_network_commands(command: Callable[..., Parser], network: Parser) -> No
     )
     sub.add_argument("--out", type=Path, metavar="DIR", help="export the files there")
     _add_limits(sub)
+    _add_bulk(sub)
     _add_timeout(sub)
     sub = command("peers", commands.peers, "show the peers that can be reached", network)
     sub.add_argument("ref", nargs="?", metavar="REF", help="only peers that hold some of it")
@@ -286,6 +288,16 @@ def _add_limits(sub: Parser) -> None:
             metavar="RATE",
             help=f"{what} at most so much in all: 5MB/s, 500k (bytes), 40Mbit (default: no limit)",
         )
+
+
+def _add_bulk(sub: Parser) -> None:
+    sub.add_argument(
+        "--bulk",
+        choices=("tls", "clear"),
+        default="tls",
+        help="clear: on connections within this machine, leave TLS once both peer ids are "
+        "proved, if the peer has opted in too (default: %(default)s)",
+    )
 
 
 def _add_timeout(sub: Parser) -> None:

@@ -41,6 +41,7 @@ def fetch(args: argparse.Namespace, output: Output) -> int:
                 timeout_s=args.timeout,
                 upload_limit=args.upload_limit,
                 download_limit=args.download_limit,
+                bulk=args.bulk,
                 on_progress=show,
                 mdns=args.mdns,
                 network=args.network,
@@ -104,6 +105,7 @@ def node(args: argparse.Namespace, output: Output) -> int:
                     network=args.network,
                     relay=args.relay,
                     via=args.via,
+                    bulk=args.bulk,
                 ) as running,
             ):
                 limiter = running.upload_limiter
