@@ -13,6 +13,7 @@ from pathlib import Path
 
 NAMES = (
     "one_source",
+    "profile_one_source",
     "many_sources",
     "small_tensors",
     "long_wire",

@@ -151,8 +151,11 @@ class Tensorswarm(Contender):
 
     def run(self, target: Path) -> Measurement:
         """Fetch into an empty store."""
-        store = str(target / "store")
-        return self._receive("tensorswarm", store, self._model, self._address, self.bulk)
+        return self._receive(*self.receiver(str(target / "store")))
+
+    def receiver(self, store: str) -> tuple[str, ...]:
+        """Return the arguments of the receiver that fetches into a store."""
+        return ("tensorswarm", store, self._model, self._address, self.bulk)
 
 
 class TensorswarmClear(Tensorswarm):

@@ -59,6 +59,8 @@ def hold(size_bytes: int) -> None:
     for start in starts:
         for offset in range(start, start + HUGE_BYTES, mmap.PAGESIZE):
             memory[offset] = 1
+    # Or the kernel would put a huge page back where only one small one is left (khugepaged).
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
     for start in starts:
         # Giving back a part of a huge page frees nothing until it is split. MADV_FREE
         # splits it, so that the rest of it can then be given back page by page.

@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.contenders import Measurement
 from benchmarks.one_source import summary, targets_of
+from benchmarks.profile_one_source import parse_samples
 from benchmarks.report import Target, document, emit, figure, spread, table
 
 
@@ -76,3 +77,17 @@ def test_a_summary_gives_rates_ratios_and_cpu_per_gigabyte() -> None:
         (2.0, True),
         (2.0, False),
     ]
+
+
+def test_samples_are_counted_by_library_and_function() -> None:
+    text = """
+        ffffffff81a2b3c4 rep_movs_alternative+0x10 ([kernel.kallsyms])
+        ffffffff81a2b3d4 rep_movs_alternative ([kernel.kallsyms])
+            7f00deadbeef blake3_hash_many_avx512 (/x/blake3/blake3.cpython-311-x86_64-linux-gnu.so)
+            7f00deadbee0 [unknown] (/usr/lib/libcrypto.so.3)
+    """
+    assert parse_samples(text) == {
+        ("kernel", "rep_movs_alternative"): 2,
+        ("blake3", "blake3_hash_many_avx512"): 1,
+        ("libcrypto", "[unknown]"): 1,
+    }
