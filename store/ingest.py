@@ -183,6 +183,7 @@ def add_paths(
     *,
     copy: bool = True,
     verbatim: Sequence[str] = (),
+    name: str | None = None,
     progress: Progress = lambda count: None,
 ) -> Ingested:
     """Add one model, made of all files that `paths` stand for.
@@ -197,6 +198,8 @@ def add_paths(
         False to register byte ranges of the files where they lie.
     verbatim : sequence of str
         Patterns of files that are kept as they are, unread.
+    name : str, optional
+        The model's name for people; by default that of the file or folder.
     progress : callable
         Hears of bytes read.
 
@@ -217,7 +220,7 @@ def add_paths(
     try:
         for _ in range(MAX_ROUNDS):
             manifest = _Describing(sources, adding, store.place.temporary().parent).manifest()
-            if adding.complete(manifest, model_name(paths)):
+            if adding.complete(manifest, name or model_name(paths)):
                 return Ingested(manifest, adding.new_bytes)
             adding.begin_anew()
         raise LocalError("the model's tensors are removed from the store while it is added")

@@ -30,9 +30,11 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 class Mapping:
-    """A file's first bytes in memory, read-only, until nothing refers to them any more.
+    """A file's first bytes in memory, until nothing refers to them any more.
 
-    ``numpy.asarray`` takes it for an array of uint8.
+    ``numpy.asarray`` takes it for an array of uint8. It is read-only, or for the writer
+    alone: what is written to a page gives this process a copy of that page, and the file
+    stays as it is (``MAP_PRIVATE``).
 
     Parameters
     ----------
@@ -40,6 +42,8 @@ class Mapping:
         The open file; it may be closed afterwards.
     size_bytes : int
         How many bytes, at least 1. Reading beyond the file's end kills the process.
+    writable : bool
+        Whether the process may write to its own view of them.
 
     Raises
     ------
@@ -49,9 +53,12 @@ class Mapping:
 
     _address: int | None = None
 
-    def __init__(self, descriptor: int, size_bytes: int) -> None:
+    def __init__(self, descriptor: int, size_bytes: int, *, writable: bool = False) -> None:
         self.size_bytes = size_bytes
-        address = _libc.mmap(None, size_bytes, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
+        self._writable = writable
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        sharing = mmap.MAP_PRIVATE if writable else mmap.MAP_SHARED
+        address = _libc.mmap(None, size_bytes, protection, sharing, descriptor, 0)
         if address == _MAP_FAILED:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code))
@@ -64,7 +71,7 @@ class Mapping:
             "version": 3,
             "shape": (self.size_bytes,),
             "typestr": "|u1",
-            "data": (self._address, True),  # True: read-only
+            "data": (self._address, not self._writable),
         }
 
     def __del__(self) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -15,13 +16,8 @@ from tensorswarm.store.upkeep import EXPORTS
 from .refs import Ref, RefKind, parse_ref
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from tensorswarm.p2p.results import FetchResult
     from tensorswarm.store.manifest import Manifest
-
-    Array = NDArray[np.generic]
 
 DEFAULT_TIMEOUT_S = 30.0
 """How long nothing may be found or arrive before a fetch gives up."""
@@ -150,32 +146,47 @@ def load(
     bootstrap: Sequence[str] = (),
     origins: Sequence[str] = (),
     include: Sequence[str] = (),
+    framework: str = "np",
+    lazy: bool = False,
     timeout_s: float = DEFAULT_TIMEOUT_S,
     upload_limit: RateLimit = None,
     download_limit: RateLimit = None,
-) -> dict[str, Array]:
-    """Return a model's tensors as read-only numpy arrays, mapped and not copied.
+) -> Mapping[str, Any]:
+    """Return a model's tensors, mapped and not copied, whatever format its files have.
 
     What is not in the store is fetched first. The parameters are those of `fetch`; a
     local path is taken as well, and mapped where it lies.
 
+    Parameters
+    ----------
+    ref, store, bootstrap, origins, include, timeout_s, upload_limit, download_limit
+        As for `fetch`.
+    framework : str
+        ``"np"`` for numpy arrays, which are read-only; ``"pt"`` for PyTorch tensors.
+        Those may be written to; neither the store nor another process sees it.
+    lazy : bool
+        Whether each tensor is made only when it is asked for. The result then keeps the
+        store open: use it in a ``with`` block, or call its ``close``.
+
     Returns
     -------
-    dict of str to numpy.ndarray
-        Arrays by tensor name; BF16 and 8-bit floats have the dtypes of ``ml_dtypes``.
+    dict of str to numpy.ndarray or torch.Tensor, or `LazyTensors`
+        By tensor name; BF16 and 8-bit floats are arrays of the dtypes of ``ml_dtypes``.
 
     Raises
     ------
     TensorswarmError
-        As for `fetch`.
+        As for `fetch`; `BadInput` also for an unknown framework, or one that is not
+        installed.
     """
     from tensorswarm.store.ingest import add_paths
-    from tensorswarm.store.load import load_tensors
+    from tensorswarm.store.load import LazyTensors, load_tensors
 
     parsed = parse_ref(ref)
     if parsed.kind is RefKind.TENSOR:
         raise BadInput("load takes a model: a bare tensor has no name, dtype or shape")
-    with Store(Path(store or default_store())) as opened:
+    with ExitStack() as stack:
+        opened = stack.enter_context(Store(Path(store or default_store())))
         if parsed.kind is RefKind.PATH:
             manifest = add_paths(opened, [parsed.path], copy=False).manifest
         else:
@@ -191,7 +202,11 @@ def load(
             )
             assert result.manifest is not None  # a model was asked for
             manifest = result.manifest
-        return load_tensors(opened, manifest, include)
+        if not lazy:
+            return load_tensors(opened, manifest, include, framework)
+        tensors = LazyTensors(opened, manifest, include, framework)
+        stack.pop_all()  # from now on it is theirs to close
+        return tensors
 
 
 def local_result(store: Store, ref: Ref, include: Sequence[str]) -> FetchResult | None:

@@ -21,7 +21,9 @@ from .api import DEFAULT_TIMEOUT_S, default_store, local_result
 from .refs import Ref, RefKind, parse_ref
 
 if TYPE_CHECKING:
-    from .api import Array, RateLimit
+    from tensorswarm.store.load import Array
+
+    from .api import RateLimit
 
 JOIN_TIMEOUT_S = 10.0
 """How long an abandoned stream waits for its download to end."""

@@ -24,7 +24,7 @@ from tensorswarm.store.errors import BadInput, TensorswarmError
 from tensorswarm.store.version import VERSION
 
 from ..api import DEFAULT_TIMEOUT_S, default_store
-from . import commands, sharing, upkeep
+from . import commands, comparing, sharing, upkeep
 from .output import Output
 from .simulate import simulate
 
@@ -149,6 +149,22 @@ def _add_local_commands(command: Callable[..., Parser]) -> None:
     sub = command("info", commands.info, "show what a model or a tensor is made of")
     sub.add_argument("ref", metavar="REF")
     sub.add_argument("--tensors", action="store_true", help="list every tensor")
+    sub = command(
+        "adopt",
+        comparing.adopt,
+        "register the models of a Hugging Face cache, an Ollama store or a folder tree where "
+        "they lie",
+    )
+    sub.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
+    sub = command("diff", comparing.diff, "show which tensors two models share")
+    sub.add_argument("a", metavar="A", help="a model id, or a file or folder")
+    sub.add_argument("b", metavar="B")
+    _add_plot(sub)
+    sub = command("dedup", comparing.dedup, "show what models take together, tensors kept once")
+    sub.add_argument(
+        "refs", nargs="*", metavar="REF", help="model ids, files or folders (default: the store's)"
+    )
+    _add_plot(sub)
     sub = command("verify", commands.verify, "hash what the store has, and drop what is damaged")
     sub.add_argument("ref", nargs="?", metavar="REF", help="one model or tensor (default: all)")
     sub = command("export", commands.export, "write a model's files, bit for bit")
@@ -267,6 +283,15 @@ def _add_simulation_command(command: Callable[..., Parser]) -> None:
     )
     sub.add_argument(
         "--out", type=Path, metavar="DIR", help="write JSON, CSV and plots (PNG) there"
+    )
+
+
+def _add_plot(sub: Parser) -> None:
+    sub.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="draw it: a .png, .svg or .pdf (needs matplotlib)",
     )
 
 
