@@ -36,7 +36,13 @@ import httpx
 from tensorswarm.store.digest import CHUNK_SIZE
 from tensorswarm.store.errors import BadInput, RemoteError
 
-from .origin import FileRange, check_origin_url, parse_content_range, parse_retry_after
+from .origin import (
+    FileRange,
+    check_origin_url,
+    display_url,
+    parse_content_range,
+    parse_retry_after,
+)
 from .origin_guard import Guard, Watch
 from .rates import RateLimiter
 from .source import Failure
@@ -318,6 +324,48 @@ class OriginClient:
     def close(self) -> None:
         """Close the connections."""
         self._client.close()
+
+    def probe(self, url: str) -> tuple[int, bool, int]:
+        """Ask for a file's first byte, to learn how long the file is.
+
+        Returns
+        -------
+        tuple of int, bool and int
+            Its size in bytes; whether the server gives ranges; bytes of it received.
+
+        Raises
+        ------
+        OriginFailure
+            There is no such file, or the server does not say how long it is.
+        """
+        headers = httpx.Headers({"User-Agent": "tensorswarm"})
+        headers.update(self._headers)
+        headers["Accept-Encoding"] = "identity"
+        headers["Range"] = "bytes=0-0"
+        self._client.cookies.clear()
+        self._watch.renew()
+        response = self._send(url, headers)
+        place = FileRange(display_url(url), 0, 0)
+        try:
+            found = parse_content_range(response.headers.get("Content-Range", ""))
+            if response.status_code == 206 and found is not None and found[:2] == (0, 1):
+                with self._watch.deadline(self._limits.progress_timeout_s):
+                    _drain(response)
+                return found.total, True, 1
+            length = response.headers.get("Content-Length", "")
+            empty = response.status_code == 416 and response.headers.get(
+                "Content-Range", ""
+            ).endswith("*/0")
+            if empty:
+                return 0, True, 0
+            if response.status_code != 200:
+                raise _failure_of_status(response.status_code, response.headers, place)
+            if not (length.isascii() and length.isdigit() and len(length) < 18):
+                detail = f"{place.path}: the server does not say how long it is"
+                raise OriginFailure(Failure.PROTOCOL, detail)
+            return int(length), False, 0
+        finally:
+            response.close()
 
     @contextlib.contextmanager
     def open(

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, NoReturn, cast
+from typing import BinaryIO, NamedTuple, NoReturn, Protocol, cast
 
 from blake3 import blake3
 
@@ -39,6 +39,9 @@ from .store import Store
 SKIPPED_FOLDERS = frozenset({".git", ".cache", "__pycache__"})
 """Folders that hold a tool's own state, not the model's files."""
 
+SIDECARS = ("tensorswarm.json", ".tensorswarm.json")
+"""Ends of names of files that describe a model and are none of its own (`sidecar`)."""
+
 MAX_ROUNDS = 3
 """Times to add again what somebody else took out of the store before we were done."""
 
@@ -55,7 +58,9 @@ class Ingested(NamedTuple):
     new_bytes: int
 
 
-class _Source(NamedTuple):
+class Source(NamedTuple):
+    """A file of a model: where it lies, its path in the model, its state, its layout."""
+
     path: Path
     name: str
     state: FileState
@@ -112,7 +117,8 @@ def _walk(folder: Path) -> Iterator[Path]:
             if link.is_symlink():
                 raise BadInput(f"{_shown(link)}: a link to a folder; add that folder itself")
         for name in sorted(files):
-            yield Path(parent) / name
+            if not name.endswith(SIDECARS):
+                yield Path(parent) / name
 
 
 def _open(path: Path) -> int:
@@ -128,7 +134,7 @@ def _open(path: Path) -> int:
     raise BadInput(f"{_shown(path)}: not a regular file")
 
 
-def read_sources(paths: Sequence[Path], verbatim: Sequence[str] = ()) -> list[_Source]:
+def read_sources(paths: Sequence[Path], verbatim: Sequence[str] = ()) -> list[Source]:
     """Find the files of a model and check the layout of each; nothing is kept.
 
     Parameters
@@ -160,7 +166,7 @@ def read_sources(paths: Sequence[Path], verbatim: Sequence[str] = ()) -> list[_S
 
     files = {name: (state.size_bytes, partial(read_at, name)) for name, state in states.items()}
     layouts = layouts_of(files, verbatim, fail)
-    return [_Source(path, name, states[name], layouts[name]) for path, name in found]
+    return [Source(path, name, states[name], layouts[name]) for path, name in found]
 
 
 def _state_of(path: Path) -> FileState:
@@ -219,7 +225,7 @@ def add_paths(
     adding = Adding(store, copy, progress)
     try:
         for _ in range(MAX_ROUNDS):
-            manifest = _Describing(sources, adding, store.place.temporary().parent).manifest()
+            manifest = Describing(sources, adding, store.place.temporary().parent).manifest()
             if adding.complete(manifest, name or model_name(paths)):
                 return Ingested(manifest, adding.new_bytes)
             adding.begin_anew()
@@ -232,7 +238,7 @@ def add_paths(
 
 
 @contextlib.contextmanager
-def _unchanged(source: _Source) -> Iterator[int]:
+def _unchanged(source: Source) -> Iterator[int]:
     """Open a file and give its descriptor; it must be as it was examined, until the end."""
     descriptor = _open(source.path)
     try:
@@ -247,13 +253,32 @@ def _unchanged(source: _Source) -> Iterator[int]:
         os.close(descriptor)
 
 
-class _Hashing:
+class Taker(Protocol):
+    """Takes ranges of open files as objects; `Adding` puts them into a store."""
+
+    def take(
+        self, descriptor: int, offset: int, size_bytes: int, *, own: bool = False
+    ) -> ObjectRef:
+        """Return the object that a range of an open file is."""
+
+    def ahead(
+        self, descriptor: int, ranges: Sequence[tuple[int, int]]
+    ) -> contextlib.AbstractContextManager[None]:
+        """Work ahead on the ranges of a file that will be taken while the block lasts."""
+
+    def finish_file(self, path: Path, state: FileState) -> None:
+        """Hear that a file was taken, in this state."""
+
+
+class HashingTaker:
     """Stands in for `Adding` where nothing is kept."""
 
     def __init__(self) -> None:
         self._hasher = RangeHasher()
 
-    def take(self, descriptor: int, offset: int, size_bytes: int, *, own: bool = True) -> ObjectRef:
+    def take(
+        self, descriptor: int, offset: int, size_bytes: int, *, own: bool = False
+    ) -> ObjectRef:
         """Return what a range of an open file would be."""
         digest, chunk_list = self._hasher.scan(descriptor, offset, size_bytes)
         return ObjectRef(digest, size_bytes, digest_of(chunk_list) if chunk_list else b"")
@@ -280,29 +305,27 @@ def describe_paths(paths: Sequence[Path], verbatim: Sequence[str] = ()) -> Manif
     BadInput
         A path or a file is of no use.
     """
-    hashing = _Hashing()
+    hashing = HashingTaker()
     try:
-        return _Describing(read_sources(paths, verbatim), hashing, None).manifest()
+        return Describing(read_sources(paths, verbatim), hashing, None).manifest()
     finally:
         hashing.close()
 
 
-class _Describing:
+class Describing:
     """Turns layouts into a manifest, while the pieces are taken into a store.
 
     Parameters
     ----------
-    sources : sequence of _Source
+    sources : sequence of Source
         The files.
-    taker : Adding or _Hashing
+    taker : Taker
         Takes the objects.
     scratch : Path or None
         Folder for decoded tensors; by default the system's.
     """
 
-    def __init__(
-        self, sources: Sequence[_Source], taker: Adding | _Hashing, scratch: Path | None
-    ) -> None:
+    def __init__(self, sources: Sequence[Source], taker: Taker, scratch: Path | None) -> None:
         self._sources = {source.name: source for source in sources}
         self._taker = taker
         self._scratch = scratch
@@ -318,7 +341,7 @@ class _Describing:
             self._put_into(builder, source)
         return builder.build()
 
-    def _take_file(self, source: _Source) -> None:
+    def _take_file(self, source: Source) -> None:
         with _unchanged(source) as descriptor:
             if FileState.of(os.fstat(descriptor)) != source.state:
                 raise BadInput(f"{_shown(source.path)}: {_CHANGED}")
@@ -326,7 +349,7 @@ class _Describing:
             self._take_pieces(source, descriptor)
         self._taker.finish_file(source.path.resolve(), source.state)
 
-    def _take_pieces(self, source: _Source, descriptor: int) -> None:
+    def _take_pieces(self, source: Source, descriptor: int) -> None:
         pieces, made = source.layout.pieces, source.layout.made
         plain = [(offset, size_bytes) for offset, size_bytes, _ in pieces if offset not in made]
         with self._taker.ahead(descriptor, plain):
@@ -336,7 +359,7 @@ class _Describing:
                 ref = None if recipe is None else self._try_made(source, extent, recipe)
                 self._refs[extent] = ref or self._taker.take(descriptor, offset, size_bytes)
 
-    def _try_made(self, source: _Source, extent: Extent, made: Made) -> RecipeSpec | None:
+    def _try_made(self, source: Source, extent: Extent, made: Made) -> RecipeSpec | None:
         """Return how a piece is made from tensors, which are taken, if it can be so made."""
         contents = [_absolute(content, source.name) for content in made.inputs]
         with _opened(source.path) as descriptor:
@@ -395,7 +418,7 @@ class _Describing:
                 else:
                     yield from read_blocks(item)
 
-    def _put_into(self, builder: ManifestBuilder, source: _Source) -> None:
+    def _put_into(self, builder: ManifestBuilder, source: Source) -> None:
         """Add a file to the manifest; all pieces are known."""
         empty = ObjectRef(EMPTY_DIGEST, 0, b"")
         layout, name = source.layout, source.name
@@ -420,7 +443,7 @@ class _Describing:
         ]
         builder.add_file(name, layout.format, parts, [entry[1:] for entry in entries])
 
-    def _held(self, source: _Source, content: Content) -> ObjectRef | RecipeSpec:
+    def _held(self, source: Source, content: Content) -> ObjectRef | RecipeSpec:
         """Return the object of a held tensor, or how it is made from a piece."""
         known = self._contents.get(content)
         if known is not None:

@@ -5,8 +5,12 @@ from __future__ import annotations
 from ..errors import BadInput
 from .layout import ReadAt, read_exactly
 
-WINDOW_BYTES = 256 << 10
-"""Bytes read at a time: large enough that a header takes few reads."""
+MIN_WINDOW_BYTES = 4 << 10
+"""Bytes read after a jump. It is little, because between large tensors a file has only some
+hundred bytes of its own, and reading may mean asking a web server."""
+
+MAX_WINDOW_BYTES = 256 << 10
+"""Most bytes read at a time: windows grow while reading goes on without a jump."""
 
 
 class Cursor:
@@ -26,6 +30,7 @@ class Cursor:
         self._read_at = read_at
         self._window = b""
         self._window_start = 0
+        self._window_bytes = MIN_WINDOW_BYTES
 
     def take(self, length: int) -> bytes:
         """Return the next bytes."""
@@ -33,7 +38,10 @@ class Cursor:
         self.skip(length)
         at = start - self._window_start
         if not 0 <= at <= at + length <= len(self._window):
-            wanted = min(max(length, WINDOW_BYTES), self._stop - start)
+            goes_on = 0 <= at <= len(self._window)
+            grown = min(2 * self._window_bytes, MAX_WINDOW_BYTES)
+            self._window_bytes = grown if goes_on else MIN_WINDOW_BYTES
+            wanted = min(max(length, self._window_bytes), self._stop - start)
             self._window = read_exactly(self._read_at, start, wanted)
             self._window_start = start
             at = 0

@@ -14,6 +14,7 @@ Source: ``docs/gguf.md`` of the ggml project, and the table of types in ``gguf-p
 from __future__ import annotations
 
 import struct
+from typing import NamedTuple
 
 from ..dtypes import MAX_DIMENSIONS, tensor_size_bytes
 from ..errors import BadInput
@@ -97,6 +98,48 @@ def parse(size_bytes: int, read_at: ReadAt) -> Layout:
     BadInput
         The file breaks a rule of the format, or a limit.
     """
+    found, cursor, tensor_count = _read_metadata(size_bytes, read_at)
+    entries = [_entry(cursor) for _ in range(tensor_count)]
+    start = -(-cursor.position // found.alignment) * found.alignment
+    tensors = [each._replace(offset=start + each.offset) for each in entries]
+    return tile(FORMAT, size_bytes, [_at_most(each, size_bytes) for each in tensors])
+
+
+class Metadata(NamedTuple):
+    """Where a file's metadata and its table of tensors are.
+
+    Attributes
+    ----------
+    entries : list of (bytes, int, int)
+        Key, type and place of the value of each entry.
+    alignment : int
+        Where tensors may begin: at multiples of this.
+    table_start, table_stop : int
+        The table of tensors, in bytes from the start of the file.
+    """
+
+    entries: list[tuple[bytes, int, int]]
+    alignment: int
+    table_start: int
+    table_stop: int
+
+
+def metadata(size_bytes: int, read_at: ReadAt) -> Metadata:
+    """Return where things are in a file's header.
+
+    Raises
+    ------
+    BadInput
+        As for `parse`.
+    """
+    found, cursor, tensor_count = _read_metadata(size_bytes, read_at)
+    for _ in range(tensor_count):
+        _entry(cursor)
+    return found._replace(table_stop=cursor.position)
+
+
+def _read_metadata(size_bytes: int, read_at: ReadAt) -> tuple[Metadata, _Header, int]:
+    """Read a header up to the table of tensors; return how many there are, too."""
     cursor = _Header(size_bytes, read_at)
     if cursor.take(4) != b"GGUF":
         raise BadInput("not a GGUF file: it does not begin as one")
@@ -109,9 +152,11 @@ def parse(size_bytes: int, read_at: ReadAt) -> Layout:
     if tensor_count > MAX_TENSORS or key_count > MAX_KEYS:
         raise BadInput(f"a GGUF file of {tensor_count} tensors and {key_count} metadata entries")
     alignment = DEFAULT_ALIGNMENT
+    keys: list[tuple[bytes, int, int]] = []
     for _ in range(key_count):
         key = cursor.text(MAX_NAME_BYTES)
         kind = cursor.unsigned(4)
+        keys.append((key, kind, cursor.position))
         if key == _ALIGNMENT_KEY:
             if kind != 4:
                 raise BadInput("the alignment is not a 32-bit number")
@@ -120,10 +165,7 @@ def parse(size_bytes: int, read_at: ReadAt) -> Layout:
             cursor.skip_value(kind)
     if not 1 <= alignment <= 1 << 20 or alignment & (alignment - 1):
         raise BadInput(f"an alignment of {alignment}, which is no power of two up to 2^20")
-    entries = [_entry(cursor) for _ in range(tensor_count)]
-    start = -(-cursor.position // alignment) * alignment
-    tensors = [each._replace(offset=start + each.offset) for each in entries]
-    return tile(FORMAT, size_bytes, [_at_most(each, size_bytes) for each in tensors])
+    return Metadata(keys, alignment, cursor.position, 0), cursor, tensor_count
 
 
 def _at_most(tensor: TensorRange, size_bytes: int) -> TensorRange:

@@ -84,7 +84,7 @@ _SIGNED = frozenset({"I8", "I16", "I32", "I64"})
 _VARINT, _FIXED_64, _BYTES, _FIXED_32 = 0, 1, 2, 5
 
 # Where a message holds graphs, nodes, attributes and tensors: field numbers.
-_MODEL_GRAPH = 7
+_MODEL_GRAPH, _MODEL_METADATA = 7, 14
 _GRAPH_NODE, _GRAPH_INITIALIZER = 1, 5
 _NODE_OUTPUT, _NODE_ATTRIBUTE = 2, 5
 _ATTRIBUTE_TENSOR, _ATTRIBUTE_GRAPH, _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS = 5, 6, 10, 11
@@ -152,6 +152,20 @@ def read_tensors(size_bytes: int, read_at: ReadAt) -> list[TensorProto]:
                     raise BadInput(f"more than {MAX_TENSORS} tensors")
                 tensors.append(tensor)
     return tensors
+
+
+def metadata_props(size_bytes: int, read_at: ReadAt) -> Iterator[tuple[bytes, Field]]:
+    """Yield the keys of a model's metadata, each with the field that has the value.
+
+    Raises
+    ------
+    BadInput
+        As for `parse`.
+    """
+    reader = _Reader(size_bytes, read_at)
+    for found in reader.fields(0, size_bytes):
+        if found.number == _MODEL_METADATA and found.wire == _BYTES:
+            yield from reader.entry(found)
 
 
 def layout_with(
@@ -379,6 +393,12 @@ class _Reader:
         while self._cursor.position < stop:
             values.append(self._varint())
         return values
+
+    def entry(self, found: Field) -> Iterator[tuple[bytes, Field]]:
+        """Yield an entry's key and the field of its value, if it has both."""
+        parts = {item.number: item for item in self._inside(found) if item.wire == _BYTES}
+        if 1 in parts and 2 in parts:
+            yield self._text(parts[1]).encode(), parts[2]
 
     def _pair(self, found: Field) -> tuple[str, str]:
         texts = {1: "", 2: ""}

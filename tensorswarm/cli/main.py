@@ -24,7 +24,7 @@ from tensorswarm.store.errors import BadInput, TensorswarmError
 from tensorswarm.store.version import VERSION
 
 from ..api import DEFAULT_TIMEOUT_S, default_store
-from . import commands, comparing, sharing, upkeep
+from . import commands, comparing, sharing, stamping, upkeep
 from .output import Output
 from .simulate import simulate
 
@@ -156,6 +156,14 @@ def _add_local_commands(command: Callable[..., Parser]) -> None:
         "they lie",
     )
     sub.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
+    sub = command("stamp", stamping.stamp, "write a copy with its tensors' hashes in its header")
+    sub.add_argument("file", type=Path, metavar="FILE")
+    sub.add_argument("--out", type=Path, metavar="FILE", help="(default: NAME.stamped.SUFFIX)")
+    sub = command("manifest", stamping.manifest, "write a model's manifest as JSON beside it")
+    sub.add_argument("file", type=Path, metavar="PATH", help="a file or a folder")
+    sub.add_argument(
+        "--out", type=Path, metavar="FILE", help="(default: PATH.tensorswarm.json, or in PATH)"
+    )
     sub = command("diff", comparing.diff, "show which tensors two models share")
     sub.add_argument("a", metavar="A", help="a model id, or a file or folder")
     sub.add_argument("b", metavar="B")

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tensorswarm.store.errors import BadInput, NoSource
 from tensorswarm.store.store import Store
 
 from ..api import export_result, fetch_into
-from ..refs import RefKind, parse_ref
+from ..refs import Ref, RefKind, parse_ref
+from ..url_fetch import fetch_url, is_url
 from .output import Output, human_bytes, human_rate
 
 if TYPE_CHECKING:
@@ -26,16 +29,15 @@ REPORT_INTERVAL_S = 10.0
 
 def fetch(args: argparse.Namespace, output: Output) -> int:
     """Fetch a model or a tensor, and export it when asked to."""
-    ref = parse_ref(args.ref)
+    ref = Ref(RefKind.MODEL, b"", Path()) if is_url(args.ref) else parse_ref(args.ref)
     if ref.kind is RefKind.PATH:
         raise BadInput(f"{args.ref} is here already: `tensorswarm add` takes local files")
     with Store(args.store) as store:
         with output.progress("fetching") as show:
-            result = fetch_into(
+            bring = functools.partial(
+                fetch_into,
                 store,
-                ref,
                 bootstrap=args.bootstrap,
-                origins=args.origin,
                 include=args.include,
                 first=args.first,
                 timeout_s=args.timeout,
@@ -46,6 +48,14 @@ def fetch(args: argparse.Namespace, output: Output) -> int:
                 mdns=args.mdns,
                 network=args.network,
             )
+            if is_url(args.ref):
+
+                def from_url(found: Ref, url: str) -> FetchResult:
+                    return bring(found, origins=[url, *args.origin])
+
+                result = fetch_url(store, args.ref, from_url, show)
+            else:
+                result = bring(ref, origins=args.origin)
         if args.out is not None:
             result.path = export_result(store, result, args.include, args.out)
         store.sync()

@@ -1,0 +1,109 @@
+"""Stamped copies and sidecars of files on this disk: hashing, reading, writing."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from .adding import Progress
+from .digest import CHUNK_SIZE, digest_of
+from .errors import BadInput
+from .formats import stamps
+from .ingest import Describing, HashingTaker, read_sources
+from .manifest import Manifest, ObjectRef
+from .place import disk_errors, remove_file
+
+
+class _WithLists(HashingTaker):
+    """Keeps the chunk lists of what it hashes."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__()
+        self.lists: dict[bytes, bytes] = {}
+        self._progress = progress
+
+    def take(
+        self, descriptor: int, offset: int, size_bytes: int, *, own: bool = False
+    ) -> ObjectRef:
+        """Return what a range of an open file would be, and keep its chunk list."""
+        digest, chunk_list = self._hasher.scan(descriptor, offset, size_bytes)
+        list_digest = digest_of(chunk_list) if chunk_list else b""
+        if chunk_list:
+            self.lists[list_digest] = chunk_list
+        self._progress(size_bytes)
+        return ObjectRef(digest, size_bytes, list_digest)
+
+
+def describe_with_lists(
+    path: Path, progress: Progress = lambda count: None
+) -> tuple[Manifest, dict[bytes, bytes]]:
+    """Return the manifest of a file or folder, and its chunk lists by their digests.
+
+    Raises
+    ------
+    BadInput
+        It cannot be read, or is malformed.
+    """
+    return _describe([path], progress)
+
+
+def _describe(paths: Sequence[Path], progress: Progress) -> tuple[Manifest, dict[bytes, bytes]]:
+    taker = _WithLists(progress)
+    try:
+        manifest = Describing(read_sources(paths), taker, None).manifest()
+    finally:
+        taker.close()
+    wanted = {ref.chunk_list for ref in manifest.objects if ref.chunk_list}
+    return manifest, {digest: taker.lists[digest] for digest in wanted}
+
+
+def stamp_file(path: Path, target: Path, progress: Progress = lambda count: None) -> int:
+    """Write a stamped copy of a file, and return how many tensors the stamp names.
+
+    Of a JSON file the tensors are in the files beside it, which are read.
+
+    Raises
+    ------
+    BadInput
+        The file cannot be stamped, or bears a stamp already.
+    NoRoom
+        The disk is full.
+    """
+    if target.exists() and path.exists() and target.samefile(path):
+        raise BadInput(f"{target}: a stamped copy cannot take the place of its own original")
+    is_json = path.name.lower().endswith(".json")
+    manifest, lists = _describe([path.parent if is_json else path], progress)
+    tensors = {}
+    for file in manifest.files:
+        for tensor in file.tensors:
+            ref = manifest.recipe(tensor.object_index)
+            if ref is not None:
+                continue  # it is made from the header's bytes, which are read anyway
+            item = manifest.objects[tensor.object_index]
+            chunk_list = lists.get(item.chunk_list, b"") if not is_json else b""
+            if item.size_bytes:
+                tensors[tensor.name] = stamps.Stamped(item.digest, chunk_list)
+    with disk_errors(f"cannot read {path}"):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    temporary = target.with_name(f".tensorswarm-{uuid.uuid4().hex}.part")
+    try:
+
+        def read_at(offset: int, length: int) -> bytes:
+            return os.pread(descriptor, length, offset)
+
+        size = os.fstat(descriptor).st_size
+        try:
+            parts = stamps.stamped(path.name, size, read_at, stamps.text_of(tensors))
+        except BadInput as error:
+            raise BadInput(f"{path}: {error}") from error
+        with disk_errors(f"cannot write {target}"):
+            with temporary.open("xb") as output:
+                for block in stamps.bytes_of(parts, read_at, CHUNK_SIZE):
+                    output.write(block)
+            os.replace(temporary, target)
+    finally:
+        os.close(descriptor)
+        remove_file(temporary)
+    return len(tensors)
