@@ -150,7 +150,8 @@ def imported_modules() -> dict[str, str]:
 
 def test_declared_dependencies_are_those_imported() -> None:
     distributions = importlib.metadata.packages_distributions()
-    allowed, used = declared("sim", "plot", "torch"), set()  # of the extras, only those that our code imports
+    # Of the extras, only those that our code imports.
+    allowed, used = declared("sim", "plot", "torch"), set()
     undeclared = []
     for module, where in imported_modules().items():
         if module in sys.stdlib_module_names or module == "tensorswarm":
