@@ -92,9 +92,8 @@ INPUT_BUFFER_BYTES = 32 << 10
 """Room for requests: an unfinished head and a whole TLS record behind it."""
 
 SENDERS = max(1, (os.cpu_count() or 1) // 2)
-"""Threads that encrypt and send at a time. The other half of the processors is for those
-who receive, verify and read; with more, 24 connections got 870 MB/s together instead of
-1,550, and one of them six times as much as another (two processors, loopback)."""
+"""Threads that encrypt and send at a time; the other processors are for those who receive,
+verify and read. What this gains and costs is in docs/design.md (The planner)."""
 
 _SHORTEST_WAIT_S = 0.001  # a timeout of 0 would mean "do not wait at all"
 

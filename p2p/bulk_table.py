@@ -21,7 +21,8 @@ from typing import NamedTuple, Protocol
 
 MAX_CONNECTIONS = 128
 """Connections served at once. Each has a thread and 0.3 MB of buffers, so all of them 50
-MB with their stacks. Twice as many neighbours as a node keeps, with one each."""
+MB with their stacks. A node keeps up to 200 neighbours, few of whom fetch at a time; the
+others get a place as soon as somebody is idle."""
 
 MAX_CONNECTIONS_PER_PEER = 8
 """Connections of one peer: more have never been faster than four."""

@@ -389,7 +389,7 @@ class Download:
             source.failure = failure
             source.reason = detail
         self._note_proved_elsewhere(now, name, request_id)
-        self._planner.request_failed(now, name, request_id, failure)
+        self._planner.request_failed(now, name, request_id, failure, detail)
         is_origin = source is not None and source.kind is SourceKind.ORIGIN
         if source is not None and is_origin and failure is Failure.BAD_BYTES:
             self._give_up_file(now, name, source, detail)

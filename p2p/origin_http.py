@@ -125,6 +125,8 @@ def translate(error: Exception) -> OriginFailure:
             return OriginFailure(Failure.CLOSED, text)
         case httpx.RemoteProtocolError() if "closed" in text or "disconnected" in text:
             return OriginFailure(Failure.CLOSED, text)
+        case httpx.RemoteProtocolError() if "buffer too long" in text:
+            return OriginFailure(Failure.PROTOCOL, "sent headers without end")
         case httpx.LocalProtocolError():
             return OriginFailure(Failure.LOCAL, f"our request is malformed: {text}")
         case _:

@@ -21,14 +21,21 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import trio
 
+from tensorswarm.p2p import bulk_server, http1
 from tensorswarm.p2p.node import LOOPBACK_LISTEN, Node
 from tensorswarm.store.digest import CHUNK_SIZE
 from tensorswarm.store.reader import ObjectReader
 from tensorswarm.store.records import ObjectRecord
 from tensorswarm.store.store import Holding, Store
+
+ANSWERS = ("short", "long", "range", "status", "gzip", "endless", "trickle")
+"""Ways to spoil an answer: half of the body and then the end of the connection, more bytes
+than announced, another range, a redirect, a body said to be packed, header lines without
+end, a byte a second."""
 
 SLICE_BYTES = 64 << 10
 """Bytes read at a time, so that a slow line flows rather than jumps."""
@@ -168,7 +175,41 @@ def _read_rates(line: Line, ended: trio.Event) -> None:
     trio.from_thread.run_sync(ended.set)
 
 
+def spoil_answers(kind: str) -> None:
+    """Make all bulk servers of this process spoil their answers; see `ANSWERS`."""
+
+    def answer(connection: Any, exchange: http1.ServerExchange) -> None:
+        _, offset, length = exchange.request
+        reader = connection._reader_for(exchange.request)
+        head = exchange.partial_content(reader.size_bytes)
+        if kind == "range":
+            head = head.replace(b"bytes %d-" % offset, b"bytes %d-" % (offset + 1))
+        elif kind == "status":
+            head = b"HTTP/1.1 302 Found\r\nLocation: /\r\nContent-Length: 0\r\n\r\n"
+        elif kind == "gzip":
+            head = head.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n")
+        elif kind == "endless":
+            head = b"HTTP/1.1 206 Partial Content\r\n" + b"X-More: more\r\n" * 1000
+        connection._put(head)
+        if kind == "trickle":
+            connection._flush()
+            for at in range(length):
+                connection._put_body(reader, offset + at, 1)
+                connection._flush()
+                time.sleep(1.0)
+        connection._put_body(reader, offset, length // 2 if kind == "short" else length)
+        if kind == "long":
+            connection._put(b"x" * 1000)
+        connection._flush()
+        if kind == "short":
+            raise OSError("enough")
+
+    vars(bulk_server)["_Connection"]._answer = answer
+
+
 async def _run(args: argparse.Namespace) -> None:
+    if args.answers:
+        spoil_answers(args.answers)
     line = Line(args.rate, args.hang_after)
     altered_every = 1 if args.alter else args.alter_every
     ended = trio.Event()
@@ -197,6 +238,7 @@ def main() -> None:
     parser.add_argument("--hide", action="store_true", help="deny to hold any model bytes")
     parser.add_argument("--false-size", type=int, help="say that every object has this size")
     parser.add_argument("--pretend", action="store_true", help="claim all, give nothing")
+    parser.add_argument("--answers", choices=ANSWERS, help="spoil the answers of the bulk plane")
     parser.add_argument(
         "--discreet", action="store_true", help="tell nobody of neighbours, outside the DHT"
     )

@@ -159,6 +159,12 @@ class Process:
         )
         return line
 
+    def peak_memory_bytes(self) -> int:
+        """Return the most memory it has had so far; 0 once it has ended."""
+        status = Path(f"/proc/{self._popen.pid}/status").read_text()
+        found = re.search(r"VmHWM:\s+([0-9]+) kB", status)
+        return int(found[1]) * 1024 if found else 0
+
     def is_running(self) -> bool:
         """Tell whether it has not ended yet."""
         return self._popen.poll() is None
