@@ -3,8 +3,8 @@
     python -m benchmarks.profile_one_source [--mib 1024] [--bulk tls] [--json]
 
 Samples the receiving and the serving process with ``perf record`` (cpu-clock, a sample
-each millisecond). Imports and the node's start are in it: they are what libpython and libc
-have more than the transfer itself needs.
+each millisecond). Each side's main thread is left out: it starts the program and makes the
+planner's decisions, while the others receive, hash, write and send.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _folder(path: Path) -> Path:
 
 
 def _samples(perf: str, recorded: Path) -> Samples:
-    fields = ["script", "-i", str(recorded), "-F", "ip,sym,dso"]
+    fields = ["script", "-i", str(recorded), "-F", "pid,tid,ip,sym,dso"]
     done = subprocess.run(
         [perf, *fields], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True
     )
@@ -114,18 +114,22 @@ def _samples(perf: str, recorded: Path) -> Samples:
 
 
 def parse_samples(text: str) -> Samples:
-    """Count samples by library and function, from ``perf script -F ip,sym,dso``.
+    """Count samples by library and function, from ``perf script -F pid,tid,ip,sym,dso``.
 
-    A line is an address, a function, and a library in parentheses.
+    A line is process/thread, an address, a function, and a library in parentheses. Main
+    threads, whose number is the process's, are not counted.
     """
     found: Samples = Counter()
     for line in text.splitlines():
         words = line.split()
-        if len(words) < 3 or not words[-1].endswith(")"):
+        if len(words) < 4 or not words[-1].endswith(")"):
+            continue
+        process, _, thread = words[0].partition("/")
+        if process == thread:
             continue
         path = words[-1].strip("()")
         library = "kernel" if path.startswith("[") else Path(path).name.split(".")[0]
-        found[library, words[1].partition("+")[0]] += 1
+        found[library, words[2].partition("+")[0]] += 1
     return found
 
 
