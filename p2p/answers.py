@@ -6,10 +6,11 @@ here is believed of the asker; what is given is what the store has verified.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
+from tensorswarm.store.errors import LocalError
 from tensorswarm.store.manifest import MAX_MANIFEST_BYTES
-from tensorswarm.store.store import Store
+from tensorswarm.store.store import INLINE_LIMIT, Store
 
 from . import wire, wire_limits
 from .access import Access
@@ -17,6 +18,10 @@ from .access import Access
 MAX_BLOB_BYTES = MAX_MANIFEST_BYTES
 """Largest blob given on the control stream. Anything larger belongs on the bulk plane,
 where it does not keep other messages waiting."""
+
+
+SMALL_BATCH = 64
+"""Small blobs read together, at most 4 MiB: a model of 100,000 tensors has as many lists."""
 
 
 class Answers:
@@ -58,39 +63,60 @@ class Answers:
     def holdings(self, digests: Sequence[bytes]) -> list[wire.HaveEntry]:
         """Return what the store has of each digest, whole or in part."""
         held = self._store.holdings(digests)
-        held = {digest: each for digest, each in held.items() if self.may_have(digest)}
         return [
-            wire.HaveEntry(digest, holding.size_bytes, holding.proved, holding.chunk_list)
+            wire.HaveEntry(digest, *holding)
             for digest, holding in held.items()
+            if self.may_have(digest)
         ]
 
     def blob_frames(self, request: wire.GetBlobs) -> Iterator[wire.Blobs]:
         """Yield the frames that answer a request for blobs, read as they are sent."""
         return wire.fit_blobs(request.request_id, self._pieces(request.items))
 
-    def _pieces(self, items: Iterable[wire.BlobItem]) -> Iterator[wire.BlobPiece]:
-        for digest, offset in items:
-            reader = self._store.open_whole(digest)  # a part may match a false list only
-            if reader is None:
-                continue
-            if not self.may_have(digest):
-                reader.close()
-                continue
-            try:
-                size = reader.size_bytes
-                if size > MAX_BLOB_BYTES or offset > size:
-                    continue
-                if offset == size:
-                    yield wire.BlobPiece(digest, size, offset, b"")
-                step = wire_limits.MAX_BLOB_DATA_PER_FRAME
-                for start in range(offset, size, step):
-                    data = bytearray(min(step, size - start))
-                    reader.read_into(start, memoryview(data))
-                    yield wire.BlobPiece(digest, size, start, bytes(data))
-            except OSError:
-                continue  # the object went away while it was read: to the asker, not held
-            finally:
-                reader.close()
+    def _pieces(self, items: Sequence[wire.BlobItem]) -> Iterator[wire.BlobPiece]:
+        for start in range(0, len(items), SMALL_BATCH):
+            batch = items[start : start + SMALL_BATCH]
+            small = self._small([item.digest for item in batch])
+            for item in batch:
+                data = small.get(item.digest)
+                if data is None:
+                    yield from self._pieces_of(item)
+                elif item.offset <= len(data):
+                    yield wire.BlobPiece(item.digest, len(data), item.offset, data[item.offset :])
+
+    def _small(self, digests: Sequence[bytes]) -> dict[bytes, bytes]:
+        """Return the small blobs among `digests` that the peer may have, read together."""
+        wanted = [
+            (digest, size)
+            for digest, size in self._store.sizes(digests).items()
+            if 0 < size <= INLINE_LIMIT and self.may_have(digest)
+        ]
+        try:
+            found = list(zip(wanted, self._store.read_small(wanted), strict=True))
+        except LocalError:
+            return {}  # one of them cannot be read now: each is tried alone
+        return {digest: data for (digest, _), data in found if data is not None}
+
+    def _pieces_of(self, item: wire.BlobItem) -> Iterator[wire.BlobPiece]:
+        digest, offset = item
+        reader = self._store.open_whole(digest)  # a part may match a false list only
+        if reader is None:
+            return
+        try:
+            size = reader.size_bytes
+            if not self.may_have(digest) or size > MAX_BLOB_BYTES or offset > size:
+                return
+            if offset == size:
+                yield wire.BlobPiece(digest, size, offset, b"")
+            step = wire_limits.MAX_BLOB_DATA_PER_FRAME
+            for start in range(offset, size, step):
+                data = bytearray(min(step, size - start))
+                reader.read_into(start, memoryview(data))
+                yield wire.BlobPiece(digest, size, start, bytes(data))
+        except OSError:
+            return  # the object went away while it was read: to the asker, not held
+        finally:
+            reader.close()
 
     def chunk_list(self, request: wire.GetChunkList) -> wire.ChunkListIs:
         """Return an object's size and its chunk list's digest, as far as we know them."""

@@ -105,6 +105,9 @@ class BulkConnection:
         self._aborted = False
         self._raw: socket.socket | None = None
         self._socket: socket.socket
+        self.round_trip_s = math.inf
+        self._first_sent_at: float | None = None
+        self._has_answered = False
         self._outstanding: deque[http1.ClientExchange | SmallClientExchange] = deque()
         self._body_left = 0
         self._buffer = bytearray(RECEIVE_BUFFER_BYTES)
@@ -183,7 +186,11 @@ class BulkConnection:
                 context = bulk_clear.context_for(self._identity, raw, server_side=False)
                 secured = context.wrap_socket(raw, do_handshake_on_connect=False)
                 self._raw = self._socket = secured
+            shaking_since = time.monotonic()
             secured.do_handshake()
+            # TLS 1.3 takes one round trip, to whoever is really there: a middleman may
+            # have answered the TCP connection. The first answer may correct it.
+            self.round_trip_s = time.monotonic() - shaking_since
             found = peer_id_of(secured)
             if found != self._peer_id:
                 raise ProtocolError(f"is {found} at {host} port {port}, not {self._peer_id}")
@@ -236,6 +243,8 @@ class BulkConnection:
         each small object).
         """
         exchanges = [self._exchange(request) for request in requests]
+        if self._first_sent_at is None:
+            self._first_sent_at = time.monotonic()
         with self._translated():
             self._socket.sendall(b"".join(exchange.encoded for exchange in exchanges))
         self._outstanding.extend(exchanges)
@@ -284,7 +293,11 @@ class BulkConnection:
         if self._body_left:
             raise RuntimeError("the body of the answer before was not read")
         exchange = self._outstanding.popleft()
-        answer = exchange.read_head(self._receive_head())
+        head = self._receive_head()
+        if not self._has_answered and self._first_sent_at is not None:
+            self._has_answered = True
+            self.round_trip_s = min(self.round_trip_s, time.monotonic() - self._first_sent_at)
+        answer = exchange.read_head(head)
         if answer is http1.Answer.CONTENT:
             self._body_left = exchange.body_bytes
         elif isinstance(exchange, http1.ClientExchange) and answer is http1.Answer.LACKS:

@@ -149,6 +149,13 @@ class ChunkMap:
             raise BadInput(f"object {object_index} has no chunk {chunk}")
         return self._first[object_index] + chunk
 
+    def place_of_small(self, object_index: int) -> tuple[int, int]:
+        """Return position and size of an object of one chunk; `BadInput` for any other."""
+        size = self._size_of(object_index)
+        if not 0 < size <= CHUNK_SIZE:
+            raise BadInput(f"object {object_index} is not of one chunk")
+        return self._first[object_index], size
+
     def locate(self, position: int) -> tuple[int, int]:
         """Return object index and chunk number at a position."""
         place = bisect_right(self._starts, position) - 1
@@ -178,6 +185,18 @@ class ChunkMap:
             if mask:
                 yield block, mask << offset
             done += width
+
+    def spread_whole(self, object_indices: Iterable[int]) -> Iterator[tuple[int, int]]:
+        """Yield (block, set) for whole objects, those in one block together."""
+        first, sizes, limit = self._first, self._sizes, len(self._sizes)
+        small: dict[int, int] = {}
+        for object_index in object_indices:
+            if not 0 <= object_index < limit or not 0 < sizes[object_index] <= CHUNK_SIZE:
+                yield from self.spread(object_index, None)
+                continue
+            block, offset = divmod(first[object_index], BLOCK_CHUNKS)
+            small[block] = small.get(block, 0) | 1 << offset
+        yield from small.items()
 
     def fit(
         self, position: int, width: int, room_bytes: int, max_spans: int
@@ -231,12 +250,16 @@ class ChunkMap:
         self.free[position // BLOCK_CHUNKS] |= 1 << position % BLOCK_CHUNKS
         self.free_bytes += self.size_at(position)
 
-    def prove(self, position: int) -> bool:
-        """Note a chunk as proved; return whether it was missing until now."""
+    def prove(self, position: int, size: int | None = None) -> bool:
+        """Note a chunk as proved; return whether it was missing until now.
+
+        Its size may be given if it is known.
+        """
         block, bit = position // BLOCK_CHUNKS, 1 << position % BLOCK_CHUNKS
         if self.proved[block] & bit:
             return False
-        size = self.size_at(position)
+        if size is None:
+            size = self.size_at(position)
         self.proved[block] |= bit
         self.missing_chunks -= 1
         self.missing_bytes -= size

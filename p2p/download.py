@@ -44,7 +44,7 @@ from .sink import (
     SourceFailed,
     StoreSink,
 )
-from .source import Failure, Outcome, SourceWorker, Span
+from .source import Failure, Outcome, SmallOutcome, SourceWorker, Span
 from .swarm import Ask, Cancel, Drop, Planner, PlannerLimits, SourceKind
 
 RETRY_BACKOFF_S = (1.0, 3.0, 10.0)
@@ -153,7 +153,7 @@ class Download:
         self._planner = Planner(
             [each.size_bytes for each in incoming],
             rng=rng,
-            proved={i: each.proved() for i, each in enumerate(incoming)},
+            proved={i: each.proved() for i, each in enumerate(incoming) if each.has_proved},
             priorities={
                 i: urgency[each.digest] for i, each in enumerate(incoming) if each.digest in urgency
             },
@@ -250,8 +250,7 @@ class Download:
             case ChunkCame(source, _, index, chunk, outcome, byte_count):
                 self._take_chunk(now, source, index, chunk, outcome, byte_count)
             case SmallCame(source, _, outcomes):
-                for index, outcome, byte_count in outcomes:
-                    self._take_chunk(now, source, index, 0, outcome, byte_count)
+                self._take_small(now, source, outcomes)
             case RequestDone(source, request_id):
                 self._note_proved_elsewhere(now, source, request_id)
                 self._planner.request_done(now, source, request_id)
@@ -291,6 +290,23 @@ class Download:
         else:
             self._planner.chunk_refused(now, source, index, chunk)
             self._refused[source] = index
+
+    def _take_small(self, now: float, source: str, outcomes: Sequence[SmallOutcome]) -> None:
+        proved = [each.object_index for each in outcomes if each.outcome is Outcome.PROVED]
+        for index, outcome, byte_count in outcomes:
+            if outcome is not Outcome.PROVED:
+                self._take_chunk(now, source, index, 0, outcome, byte_count)
+        if not proved:
+            return
+        self._moved_at = now
+        self._planner.small_proved(now, source, proved)
+        self._changed.update(proved)
+        giver = self._sources.get(source)
+        if giver is not None:
+            giver.dropped = False
+        self._on_progress(
+            sum(each.byte_count for each in outcomes if each.outcome is Outcome.PROVED)
+        )
 
     def _act(self, now: float, action: object) -> None:
         match action:
@@ -339,8 +355,12 @@ class Download:
         else:
             source.via, source.worker = self._routes.start(now, name, self._sink, self._events)
         self._planner.add_source(now, name, source.kind)
+        self._planner.source_holds_whole(
+            now, name, [index for index, proved in source.holds.items() if proved is None]
+        )
         for index, proved in source.holds.items():
-            self._planner.source_holds(now, name, index, proved)
+            if proved is not None:
+                self._planner.source_holds(now, name, index, proved)
 
     def _fall_back(self, now: float, name: str) -> bool:
         """Ask a peer over a stream whose bulk plane cannot be reached; False if it has none."""
@@ -361,6 +381,7 @@ class Download:
         if source is None:
             source = _Source(SourceKind.PEER)
         known = False
+        whole: list[int] = []
         for entry in entries:
             index = self._index_of.get(entry.digest)
             if index is None:
@@ -372,8 +393,12 @@ class Download:
                 continue
             known = True
             source.holds[index] = entry.bitmap
-            if source.worker is not None:
+            if entry.bitmap is None:
+                whole.append(index)
+            elif source.worker is not None:
                 self._planner.source_holds(now, peer_id, index, entry.bitmap)
+        if source.worker is not None:
+            self._planner.source_holds_whole(now, peer_id, whole)
         if not known or source.banned:
             return
         self._sources[peer_id] = source

@@ -258,9 +258,8 @@ class Fetch:
         found: dict[bytes, bytes] = {}
 
         def look_here() -> None:
-            for digest, size in welcome.items():
-                data = self._store.get_blob(digest, size)
-                if data is not None and digest_of(data) == digest:
+            for digest, data in self._store.get_blobs(list(welcome.items())).items():
+                if digest_of(data) == digest:
                     found[digest] = data
 
         await trio.to_thread.run_sync(look_here)
@@ -331,8 +330,7 @@ class Fetch:
     def _take_up(
         self, refs: Sequence[ObjectRef], chunk_lists: Mapping[bytes, bytes]
     ) -> list[Incoming]:
-        for chunk_list in chunk_lists.values():
-            self._store.put_blob(chunk_list)
+        self._store.note_chunk_lists(list(chunk_lists.values()))
         incoming = self._store.receive_many(
             [(ref, chunk_lists.get(ref.chunk_list, b"")) for ref in refs]
         )

@@ -58,16 +58,23 @@ class Flights:
         request.source.queued_bytes -= arrived
         self.note_bytes(now, request.source, byte_count)
 
-    def prove(self, now: float, position: int, giver: SourceState | None) -> list[OpenRequest]:
-        """Note a chunk as proved; return the requests that were to bring it."""
-        requests = list(self.by_position.pop(position, ()))
-        for request in requests:
-            del request.left[position]
+    def prove(
+        self, now: float, positions: list[int], giver: SourceState | None
+    ) -> list[OpenRequest]:
+        """Note chunks as proved; return the requests that were to bring them, each once."""
+        touched: dict[OpenRequest, None] = {}
+        for position in positions:
+            for request in self.by_position.pop(position, ()):
+                del request.left[position]
+                touched[request] = None
+                if request.source is giver:
+                    request.answered_bytes += self._chunks.size_at(position)
+                else:
+                    request.skipped[position] = None
+        for request in touched:
             if request.source is giver:
-                self._answer(now, request, position)
-            else:
-                request.skipped[position] = None
-        return requests
+                self._credit(now, request)
+        return list(touched)
 
     def answer_in_vain(
         self, now: float, source: SourceState, position: int
@@ -114,9 +121,13 @@ class Flights:
 
     def _answer(self, now: float, request: OpenRequest, position: int) -> None:
         """Credit a chunk; its bytes may have been reported as progress, or not."""
+        request.answered_bytes += self._chunks.size_at(position)
+        self._credit(now, request)
+
+    def _credit(self, now: float, request: OpenRequest) -> None:
+        """Take what a request was answered into account."""
         source = request.source
         source.answered_at = now
-        request.answered_bytes += self._chunks.size_at(position)
         unreported = request.answered_bytes - (request.size_bytes - request.pending_bytes)
         if unreported > 0:
             self.advance(now, request, unreported)

@@ -6,6 +6,7 @@ order. The parts know nothing of each other beyond what this module hands them.
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import logging
 import os
@@ -19,7 +20,7 @@ from typing import Any
 import trio
 
 from tensorswarm.store.cid import MODEL_CODEC, parse_reference
-from tensorswarm.store.errors import BadInput, RemoteError, TensorswarmError
+from tensorswarm.store.errors import BadInput, ProtocolError, RemoteError, TensorswarmError
 from tensorswarm.store.store import Store
 from tensorswarm.store.version import VERSION
 
@@ -76,6 +77,9 @@ class Node:
         such addresses in DNS, ``/dnsaddr/<name>``.
     bulk_port : int
         TCP port of the bulk plane, on the same interfaces; 0 for any free one.
+    bulk_announce : sequence of str
+        ``host:port`` addresses to tell peers as those of the bulk plane, instead of what
+        it listens on: for a port that a router or proxy forwards.
     server : bool
         Whether to keep DHT records for others and to announce the store. A short
         fetch does neither.
@@ -119,6 +123,7 @@ class Node:
         listen: Sequence[str] = (),
         bootstrap: Sequence[str] = (),
         bulk_port: int = 0,
+        bulk_announce: Sequence[str] = (),
         server: bool = True,
         mdns: bool | None = None,
         network: Path | str | None = None,
@@ -138,6 +143,7 @@ class Node:
         self._network_key = read_key(Path(network)) if network is not None else None
         self._bulk_port = bulk_port
         self._may_clear = bulk == "clear"
+        self._bulk_announce = _bulk_addresses(bulk_announce)
         self._server = server
         self._rng = random.Random(seed)
         self.upload_limiter = limiter_of(upload_limit)
@@ -174,6 +180,9 @@ class Node:
 
     async def _start(self) -> None:
         stack = self._stack
+        # What the imports made stays for good: hundreds of thousands of objects, which the
+        # collector would walk through each time that many tensors are taken up.
+        gc.freeze()
         if isinstance(self._given_store, Store):
             self.store = self._given_store
         else:
@@ -276,7 +285,7 @@ class Node:
     def _hello(self) -> wire.Hello:
         _, port = self._bulk.address
         addrs = self._host.addrs()[: wire_limits.MAX_HELLO_ADDRS]
-        bulk = bulk_told(self._host.advertised_addrs(), port)
+        bulk = self._bulk_announce or bulk_told(self._host.advertised_addrs(), port)
         return wire.Hello(wire_limits.PROTOCOL_VERSION, f"tensorswarm/{VERSION}", bulk, addrs, ())
 
     # ---- what others on this machine may know
@@ -414,6 +423,22 @@ def _leaves(error: BaseException) -> list[BaseException]:
 
 def _default_listen(bootstraps: Bootstraps) -> str:
     return LOOPBACK_LISTEN if bootstraps.all_on_loopback() else DEFAULT_LISTEN
+
+
+def _bulk_addresses(texts: Sequence[str]) -> tuple[str, ...]:
+    """Check the addresses that are to be told as those of the bulk plane."""
+    if len(texts) > wire_limits.MAX_HELLO_ADDRS:
+        raise BadInput(f"{len(texts)} bulk addresses, at most {wire_limits.MAX_HELLO_ADDRS}")
+    for text in texts:
+        try:
+            host, _ = wire_limits.split_bulk_address(wire_limits.take_bulk_address(text, text))
+            ipaddress.ip_address(host)
+        except (ProtocolError, ValueError) as error:
+            raise BadInput(
+                f"{text!r} is no bulk address: it takes an IP address and a port, as in "
+                "198.51.100.4:4002"
+            ) from error
+    return tuple(texts)
 
 
 def _bulk_host(addrs: Sequence[str]) -> str:

@@ -13,8 +13,11 @@ Rules
 - Bytes that do not match their hash, a broken protocol, refused access, a stall and a
   fault of our own end the source. A request for bytes that the peer lacks ends that
   request.
-- A cut connection costs the requests that were on it; those still queued get one new
-  connection. A second cut without a request answered in between ends the source.
+- A cut connection costs what was under way on it, no more: a new one is made at once and
+  asked for what has not come. That is nobody's fault as long as there is progress: a
+  source ends with the fourth cut in a row without a whole chunk in between.
+- How much is asked for ahead, and over how many connections, follows from what was
+  measured (see `wire_plan`): a long wire must be full while one connection is made anew.
 - After `close` nothing is reported, but a report that another thread has begun may
   still be running when `close` returns: waiting for it could deadlock the caller.
 
@@ -27,8 +30,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 from tensorswarm.store.digest import CHUNK_SIZE, chunk_length
 from tensorswarm.store.errors import HashMismatch, LocalError, RemoteError
@@ -43,35 +45,31 @@ from .bulk_client import (
     Stalled,
     Unreachable,
 )
-from .bulk_dial import RACE_TIMEOUT_S, Abortable, Race
+from .bulk_dial import RACE_TIMEOUT_S, Race
 from .http1 import RangeRequest
 from .http1_small import SmallRequest
 from .ranges import Range, Together, asks_of
 from .rates import RateLimiter
 from .source import Failure, Outcome, Report, Request, Sink, SmallOutcome
+from .source_desk import MAX_QUEUED_REQUESTS, Desk, Job, TooManyRequests
 from .tls import BulkIdentity
+from .wire_plan import MAX_CONNECTIONS, Pace, connections_for
 
-MAX_QUEUED_REQUESTS = 256
-"""Requests submitted and not begun: far more than a planner keeps at one source."""
+__all__ = ["MAX_QUEUED_REQUESTS", "MAX_RANGES_AHEAD", "PeerSource", "TooManyRequests"]
 
 MAX_RANGES_AHEAD = 256
 """Range requests on the wire: their 200 bytes each fit the sockets' buffers, so that
 sending them cannot wait for a peer that is itself sending. Five small objects, of 40
 bytes each in their request, count as one."""
 
-MAX_BYTES_AHEAD = 16 << 20
-"""Bytes asked for beyond the answer being read: 1 Gbit/s over 130 ms."""
-
-PIECE_BYTES = 256 << 10
-"""Bytes taken from a connection at a time, each followed by a report of progress."""
+MAX_CUTS_IN_VAIN = 3
+"""Connections in a row that may be cut before a chunk came whole. On a wire that cuts every
+5 s on average, one in twenty lives no longer than its handshakes; a peer that always cuts
+is out at the planner's 3 s of silence at the latest."""
 
 PROGRESS_INTERVAL_S = 0.25
 """Seconds after which progress is reported before a piece is full: often enough for the
 planner's 3 s, whatever the rate."""
-
-HELD_S = 0.5
-"""Seconds of waiting for our own limit after which the planner is told that the peer is
-not to blame."""
 
 LIMITED_RECEIVE_S = 0.1
 """Seconds of a limited rate that the kernel may receive ahead of us: more would be a
@@ -85,22 +83,6 @@ IDLE_CLOSE_S = 30.0
 own patience, so that no request meets a connection that is just being closed."""
 
 _log = logging.getLogger(__name__)
-
-
-class TooManyRequests(LocalError):
-    """More requests were submitted than a source queues."""
-
-
-@dataclass(slots=True, eq=False)
-class _Job:
-    """A request on its way."""
-
-    request: Request
-    ranges: Iterator[Range | Together]
-    on_wire: int = 0
-    all_sent: bool = False
-    cancelled: bool = False
-    lacks: str | None = None
 
 
 class PeerSource:
@@ -119,7 +101,8 @@ class PeerSource:
     report : Report
         Hears what became of everything.
     connections : int, optional
-        Connections at most; each is opened when there is work for it.
+        Connections at most, each opened when there is work for it. By default one, and
+        more when that one shows that the peer is far away (see `wire_plan`).
     pipeline_depth : int, optional
         Requests that one connection has begun at the same time.
     connect_timeout_s, stall_timeout_s, idle_close_s : float, optional
@@ -136,7 +119,7 @@ class PeerSource:
         sink: Sink,
         report: Report,
         *,
-        connections: int = 1,
+        connections: int | None = None,
         pipeline_depth: int = 4,
         connect_timeout_s: float = RACE_TIMEOUT_S,
         stall_timeout_s: float = STALL_TIMEOUT_S,
@@ -157,13 +140,34 @@ class PeerSource:
                 max_receive_bytes=ahead_bytes,
             )
 
-        self._desk = _Desk(source, sink, report, limiter)
-        self._workers = [
-            _Worker(self._desk, race, pipeline_depth, idle_close_s, f"bulk-{source[-6:]}-{number}")
-            for number in range(connections)
-        ]
-        for worker in self._workers:
-            worker.thread.start()
+        self._desk = Desk(source, sink, report, limiter)
+
+        def make_worker(number: int) -> _Worker:
+            return _Worker(
+                self._desk,
+                race,
+                pipeline_depth,
+                idle_close_s,
+                f"bulk-{source[-6:]}-{number}",
+                self._note_round_trip,
+            )
+
+        self._make_worker = make_worker
+        self._connections = connections or MAX_CONNECTIONS
+        self._growing = threading.Lock()
+        self._workers: list[_Worker] = []
+        self._grow(connections or 1)
+
+    def _grow(self, wanted: int) -> None:
+        with self._growing:
+            while len(self._workers) < min(wanted, self._connections) and not self._desk.stopped:
+                worker = self._make_worker(len(self._workers))
+                self._workers.append(worker)
+                worker.thread.start()
+
+    def _note_round_trip(self, round_trip_s: float) -> None:
+        """Have as many connections as a round trip asks for; called by a worker."""
+        self._grow(connections_for(round_trip_s))
 
     def submit(self, request: Request) -> None:
         """Queue a request behind those already submitted.
@@ -191,143 +195,11 @@ class PeerSource:
     def join(self, timeout_s: float) -> bool:
         """Wait for the threads to end after `close`; False when some still run."""
         deadline = time.monotonic() + timeout_s
-        for worker in self._workers:
+        with self._growing:
+            workers = list(self._workers)
+        for worker in workers:
             worker.thread.join(max(0.0, deadline - time.monotonic()))
-        return not any(worker.thread.is_alive() for worker in self._workers)
-
-
-class _Desk:
-    """What the workers of one source share: queue, reports, and the end. Thread-safe."""
-
-    def __init__(
-        self, source: str, sink: Sink, report: Report, limiter: RateLimiter | None
-    ) -> None:
-        self.sink = sink
-        self._limiter = limiter
-        self._source = source
-        self._report = report
-        self._changed = threading.Condition()
-        self._queue: deque[_Job] = deque()
-        self._jobs: dict[int, _Job] = {}
-        self._waiting = 0
-        self._links: dict[_Worker, Abortable] = {}
-        self.stopped = False
-
-    def submit(self, request: Request) -> None:
-        with self._changed:
-            if self.stopped:
-                return
-            if len(self._queue) >= MAX_QUEUED_REQUESTS:
-                raise TooManyRequests(f"{MAX_QUEUED_REQUESTS} requests wait for {self._source}")
-            job = _Job(request, asks_of(request, self.sink))
-            self._queue.append(job)
-            self._jobs[request.request_id] = job
-            self._changed.notify()
-
-    def cancel(self, request_id: int) -> None:
-        with self._changed:
-            job = self._jobs.get(request_id)
-            if job is not None:
-                job.cancelled = True
-
-    def wait_for_job(self, timeout_s: float) -> _Job | None:
-        """Take the next request, for a worker that has none; None after the time."""
-        with self._changed:
-            self._waiting += 1
-            self._changed.wait_for(lambda: self._queue or self.stopped, timeout_s)
-            self._waiting -= 1
-            return self._queue.popleft() if self._queue else None
-
-    def take_job(self) -> _Job | None:
-        """Take a request ahead of time, unless it is there for a worker without any."""
-        with self._changed:
-            return self._queue.popleft() if len(self._queue) > self._waiting else None
-
-    def link(self, worker: _Worker, connection: Abortable) -> None:
-        """Note the connection that a worker has or is making, so that it can be cut."""
-        with self._changed:
-            self._links[worker] = connection
-            stopped = self.stopped
-        if stopped:
-            connection.abort()
-
-    def unlink(self, worker: _Worker) -> None:
-        """Note that a worker has no connection."""
-        with self._changed:
-            self._links.pop(worker, None)
-
-    def leave_to_others(self, worker: _Worker, jobs: Sequence[_Job]) -> bool:
-        """Give jobs back if another worker has a connection; True when it does."""
-        with self._changed:
-            if not any(other is not worker for other in self._links):
-                return False
-            for job in reversed(jobs):
-                fresh = _Job(job.request, asks_of(job.request, self.sink))
-                fresh.cancelled = job.cancelled
-                self._queue.appendleft(fresh)
-                self._jobs[job.request.request_id] = fresh
-            self._changed.notify_all()
-            return True
-
-    def stop(self) -> bool:
-        """Stop everything; False when that was done before."""
-        with self._changed:
-            if self.stopped:
-                return False
-            self.stopped = True
-            self._queue.clear()
-            self._jobs.clear()
-            connections = list(self._links.values())
-            self._changed.notify_all()
-        for connection in connections:
-            connection.abort()
-        return True
-
-    def fail(self, failure: Failure, detail: str) -> None:
-        """End the source and report why, once."""
-        if self.stop():
-            self._report.failed(self._source, None, failure, detail)
-
-    def finish(self, job: _Job, failure: Failure | None = None, detail: str = "") -> None:
-        """Report the end of a request."""
-        request_id = job.request.request_id
-        with self._changed:
-            if self._jobs.get(request_id) is job:
-                del self._jobs[request_id]
-        if self.stopped:
-            return
-        if failure is None:
-            self._report.done(self._source, request_id)
-        else:
-            self._report.failed(self._source, request_id, failure, detail)
-
-    def take_room(self, job: _Job, byte_count: int) -> int:
-        """Wait until bytes may be received; return how many, at most `byte_count`."""
-        limiter = self._limiter
-        if limiter is None:
-            return min(byte_count, PIECE_BYTES)
-        begun = time.monotonic()
-        room = min(byte_count, limiter.slice_bytes)
-        limiter.take(self._source, room)
-        if time.monotonic() - begun >= HELD_S:
-            self.progress(job, 0)
-        return room
-
-    def progress(self, job: _Job, byte_count: int) -> None:
-        if not self.stopped:
-            self._report.progress(self._source, job.request.request_id, byte_count)
-
-    def small(self, job: _Job, outcomes: Sequence[SmallOutcome]) -> None:
-        if not self.stopped:
-            self._report.small(self._source, job.request.request_id, outcomes)
-
-    def chunk(
-        self, job: _Job, object_index: int, chunk: int, outcome: Outcome, byte_count: int
-    ) -> None:
-        if not self.stopped:
-            self._report.chunk(
-                self._source, job.request.request_id, object_index, chunk, outcome, byte_count
-            )
+        return not any(worker.thread.is_alive() for worker in workers)
 
 
 class _Worker:
@@ -335,12 +207,16 @@ class _Worker:
 
     def __init__(
         self,
-        desk: _Desk,
+        desk: Desk,
         race: Callable[[], Race],
         pipeline_depth: int,
         idle_close_s: float,
         name: str,
+        note_round_trip: Callable[[float], None],
     ) -> None:
+        self._note_round_trip = note_round_trip
+        self._pace = Pace()
+        self._again: deque[Job] = deque()  # begun on a connection that was cut
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._desk = desk
         self._race = race
@@ -348,12 +224,14 @@ class _Worker:
         self._idle_close_s = idle_close_s
         self._connection: BulkConnection | None = None
         self._buffer = memoryview(bytearray(CHUNK_SIZE))
-        self._sending: _Job | None = None
-        self._open_jobs: list[_Job] = []  # begun and not finished, oldest first
-        self._wire: deque[tuple[_Job, Range | Together]] = deque()
+        self._sending: Job | None = None
+        self._open_jobs: list[Job] = []  # begun and not finished, oldest first
+        self._wire: deque[tuple[Job, Range | Together]] = deque()
         self._wire_bytes = self._wire_weight = 0
         self._chunks_read = 0  # of the first range on the wire
-        self._cuts = 0  # since a request was last answered
+        self._cuts = 0  # since a whole chunk last came
+        self._has_brought = False
+        self._is_new = False
 
     def _run(self) -> None:
         try:
@@ -382,6 +260,9 @@ class _Worker:
         except Closed as error:
             self._take_cut(str(error))
         except (Unreachable, Busy) as error:
+            if isinstance(error, Unreachable) and self._may_try_again():
+                self._take_cut(str(error))  # a handshake can be cut like anything else
+                return True
             self._disconnect()
             if self._desk.leave_to_others(self, self._open_jobs):
                 return False
@@ -399,20 +280,23 @@ class _Worker:
             self._desk.link(self, race)
             self._connection = race.run()
             self._desk.link(self, self._connection)
+            self._pace.begin(time.monotonic(), self._connection.round_trip_s)
+            self._is_new = True
         self._send_ahead(self._connection)
         if self._wire:
             self._receive(self._connection)
 
-    def _begin(self, job: _Job) -> None:
+    def _begin(self, job: Job) -> None:
         self._sending = job
         self._open_jobs.append(job)
 
     def _send_ahead(self, connection: BulkConnection) -> None:
         """Fill the wire when it is half empty, so that small requests leave together."""
-        if self._wire_weight > MAX_RANGES_AHEAD // 2 or self._wire_bytes > MAX_BYTES_AHEAD // 2:
+        ahead_bytes = self._pace.bytes_ahead()
+        if self._wire_weight > MAX_RANGES_AHEAD // 2 or self._wire_bytes > ahead_bytes // 2:
             return
         batch: list[RangeRequest | SmallRequest] = []
-        while self._wire_weight < MAX_RANGES_AHEAD and self._wire_bytes < MAX_BYTES_AHEAD:
+        while self._wire_weight < MAX_RANGES_AHEAD and self._wire_bytes < ahead_bytes:
             found = self._next_range()
             if found is None:
                 break
@@ -423,9 +307,12 @@ class _Worker:
         if batch:
             connection.send_gets(batch)
 
-    def _next_range(self) -> tuple[_Job, Range | Together] | None:
+    def _next_range(self) -> tuple[Job, Range | Together] | None:
         while True:
             job = self._sending
+            if job is None and self._again:
+                self._sending = self._again.popleft()
+                continue
             if job is None:
                 if len(self._open_jobs) >= self._pipeline_depth:
                     return None
@@ -466,11 +353,22 @@ class _Worker:
             raise HashMismatch(
                 f"chunk {chunk} of object {asked.asked.digest.hex()} does not match its hash"
             )
+        self._note_chunk(length)
         self._chunks_read += 1
         if self._chunks_read == asked.chunks:
             self._drop_range(job)
 
-    def _receive_small(self, connection: BulkConnection, job: _Job, asked: Together) -> None:
+    def _note_chunk(self, byte_count: int) -> None:
+        """Note bytes that were right: the connection is worth another one."""
+        self._cuts = 0
+        self._has_brought = True
+        if self._is_new and self._connection is not None:
+            self._is_new = False
+            self._pace.round_trip_s = self._connection.round_trip_s
+            self._note_round_trip(self._connection.round_trip_s)
+        self._pace.note(time.monotonic(), byte_count)
+
+    def _receive_small(self, connection: BulkConnection, job: Job, asked: Together) -> None:
         """Take an answer with many small objects; those it leaves out are lacking."""
         positions = connection.read_small_head()
         objects = asked.asked.objects
@@ -494,13 +392,15 @@ class _Worker:
             index, _ = parts[outcomes.index(Outcome.REFUSED)]
             digest, _ = self._desk.sink.wanted(index)
             raise HashMismatch(f"the bytes of object {digest.hex()} do not match its hash")
+        if parts:
+            self._note_chunk(start)
         if len(positions) < len(objects):
             given = set(positions)
             lacking = next(each for i, each in enumerate(objects) if i not in given)
             job.lacks = f"does not have object {lacking.digest.hex()}"
         self._drop_range(job)
 
-    def _read(self, connection: BulkConnection, job: _Job, data: memoryview) -> None:
+    def _read(self, connection: BulkConnection, job: Job, data: memoryview) -> None:
         """Fill `data` from the connection, in pieces that each show the peer is still there."""
         start = room = 0
         while start < len(data):
@@ -511,35 +411,38 @@ class _Worker:
             room -= came
             self._desk.progress(job, came)
 
-    def _drop_range(self, job: _Job) -> None:
+    def _drop_range(self, job: Job) -> None:
         self._wire_weight -= self._wire.popleft()[1].weight
         self._chunks_read = 0
         job.on_wire -= 1
         self._finish_if_through(job)
 
-    def _finish_if_through(self, job: _Job) -> None:
+    def _finish_if_through(self, job: Job) -> None:
         if not job.all_sent or job.on_wire:
             return
         self._open_jobs.remove(job)
-        self._cuts = 0
         if job.lacks is not None:
             self._desk.finish(job, Failure.LACKS, job.lacks)
         else:
             self._desk.finish(job)
 
+    def _may_try_again(self) -> bool:
+        """Tell whether a peer that gave something here is worth another connection."""
+        return self._has_brought and self._cuts < MAX_CUTS_IN_VAIN
+
     def _take_cut(self, detail: str) -> None:
-        """Give up what was on a connection that was cut; the rest gets one more."""
+        """Ask a new connection for what has not come over one that was cut."""
         self._disconnect()
         self._cuts += 1
-        if self._cuts > 1:
+        if self._cuts > MAX_CUTS_IN_VAIN:
             self._desk.fail(Failure.CLOSED, detail)
             return
-        lost = [job for job in self._open_jobs if job.on_wire]
-        self._open_jobs = [job for job in self._open_jobs if not job.on_wire]
-        if self._sending in lost:
-            self._sending = None
-        for job in lost:
-            self._desk.finish(job, Failure.CLOSED, detail)
+        self._sending = None
+        for job in self._open_jobs:
+            job.ranges = asks_of(job.request, self._desk.sink)
+            job.on_wire = 0
+            job.all_sent = False
+        self._again = deque(self._open_jobs)
 
     def _disconnect(self) -> None:
         if self._connection is not None:

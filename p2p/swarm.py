@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 from tensorswarm.store.digest import CHUNK_SIZE
@@ -70,10 +70,6 @@ __all__ = [
 
 _NONE: Mapping[int, int] = MappingProxyType({})
 _NO_BITMAPS: Mapping[int, bytes] = MappingProxyType({})
-
-_EMPTY_ANSWERS = 3
-"""Requests in a row that a source may call done without bringing a chunk of them. One
-can be honest (somebody else just brought it); from the third on it lacks the chunk."""
 
 
 class Planner:
@@ -173,26 +169,22 @@ class Planner:
     ) -> None:
         """Note chunks of an object that a source holds, besides those known.
 
-        Parameters
-        ----------
-        now : float
-            The time.
-        source : str
-            Who holds them.
-        object_index : int
-            The object.
-        bitmap : bytes or None
-            Bit i % 8 of byte i // 8 stands for chunk i; None for the whole object.
-            Spare bits and missing bytes do no harm.
+        Bit i % 8 of byte i // 8 of `bitmap` stands for chunk i; None for the whole object.
+        Spare bits and missing bytes do no harm.
         """
+        self._hold(now, source, self._chunks.spread(object_index, bitmap))
+
+    def source_holds_whole(self, now: float, source: str, object_indices: Sequence[int]) -> None:
+        """Note objects that a source holds, whole; as `source_holds` for each, at once."""
+        self._hold(now, source, self._chunks.spread_whole(object_indices))
+
+    def _hold(self, now: float, source: str, held: Iterable[tuple[int, int]]) -> None:
         state = self._sources.get(source)
         if state is None:
             return
-        is_work = False
-        for block, mask in self._chunks.spread(object_index, bitmap):
-            is_work |= state.gain(self._chunks, block, mask)
+        gains = [state.gain(self._chunks, block, mask) for block, mask in held]
         state.bar_refused(self._chunks)
-        if is_work:
+        if any(gains):
             self._crowd.heard(now)
             self._make_hungry(state)
         else:
@@ -247,16 +239,8 @@ class Planner:
     def set_members(self, now: float, key: bytes, me: str, others: Collection[str]) -> None:
         """Note who else downloads the same and can reach the same origins.
 
-        Parameters
-        ----------
-        now : float
-            The time.
-        key : bytes
-            The swarm's key.
-        me : str
-            Our own name in the swarm.
-        others : collection of str
-            The other members in sight; none ends the sharing.
+        The swarm's key is `key`; `me` is our own name in it, and `others` are the members
+        in sight besides: none ends the sharing.
         """
         was_here = self._crowd.is_here
         self._crowd.set_members(now, key, me, others)
@@ -291,20 +275,35 @@ class Planner:
     def chunk_proved(
         self, now: float, source: str | None, object_index: int, chunk: int, byte_count: int
     ) -> None:
-        """Note a chunk that arrived, matched its hash and is kept.
+        """Note a chunk that matched its hash and is kept; from no source when that is None.
 
-        It need not have been asked for: an origin that ignores Range sends all of a
-        file. `source` is None when it came from no source.
+        It need not have been asked for: an origin that ignores Range sends all of a file.
         """
         position = self._chunks.position(object_index, chunk)
-        if not self._chunks.prove(position):
+        if self._chunks.prove(position):
+            self._note_proved(now, source, [position], byte_count)
+        else:
             self.chunk_duplicate(now, source, object_index, chunk, byte_count)
-            return
+
+    def small_proved(self, now: float, source: str, object_indices: Sequence[int]) -> None:
+        """Note objects of one chunk each that came together; as `chunk_proved` for each."""
+        proved: dict[int, int] = {}
+        for object_index in object_indices:
+            position, size = self._chunks.place_of_small(object_index)
+            if self._chunks.prove(position, size):
+                proved[position] = size
+            else:
+                self.chunk_duplicate(now, source, object_index, 0, size)
+        self._note_proved(now, source, list(proved), sum(proved.values()))
+
+    def _note_proved(
+        self, now: float, source: str | None, positions: list[int], byte_count: int
+    ) -> None:
         self._proved_bytes += byte_count
         record, state = self._table.who(source)
         if record is not None:
             record.proved_bytes += byte_count
-        requests = self._flights.prove(now, position, state)
+        requests = self._flights.prove(now, positions, state)
         self._crowd.proved(now, None if record is None else record.kind, byte_count)
         if state is not None:
             state.empty_answers = 0
@@ -355,7 +354,7 @@ class Planner:
         if state is None or request is None:
             return
         state.empty_answers += 1
-        if state.empty_answers >= _EMPTY_ANSWERS:
+        if state.empty_answers >= self.limits.max_empty_answers:
             for position in request.left:
                 state.bar(self._chunks, position)
         self._close(now, request)

@@ -67,6 +67,9 @@ class PlannerLimits:
     """Sources at one time: rarity is counted over them, and each costs a bitmap."""
     max_past_sources: int = 1024
     """Names remembered after they left, liars longest: bounds the memory of churn."""
+    max_empty_answers: int = 3
+    """Requests in a row that a source may call done without bringing a chunk of them. One
+    can be honest (somebody else just brought it); from the third on it lacks the chunk."""
     max_refused_chunks: int = 256
     """Wrong chunks that an origin may send before it is dropped like a lying peer."""
     random_first_chunks: int = 4

@@ -221,8 +221,15 @@ class Incoming:
         """Tell whether a chunk is not proved yet."""
         return not bitmap.is_set(self._proved, chunk)
 
+    @property
+    def has_proved(self) -> bool:
+        """Whether any chunk is proved."""
+        return self._missing < self.chunk_count
+
     def missing_bytes(self) -> int:
         """Return how many bytes are not proved yet."""
+        if self._missing == self.chunk_count:
+            return self.size_bytes
         with self._lock:
             if self._missing == 0:
                 return 0

@@ -45,6 +45,9 @@ from .records import (
 INLINE_LIMIT = 64 << 10
 """Objects up to this many bytes live in the index: a file each would cost more than its bytes."""
 
+LISTS_BATCH = 256
+"""Chunk lists kept in one operation: 16 MiB at most."""
+
 FORGET_BATCH = 256
 """Objects dropped in one transaction: their files are removed while it is open."""
 
@@ -105,6 +108,22 @@ class WholeObjects:
                     del found[record.digest]
         if EMPTY_DIGEST in digests:
             found[EMPTY_DIGEST] = EMPTY_RECORD
+        return found
+
+    def sizes(self, digests: Sequence[bytes]) -> dict[bytes, int]:
+        """Return the sizes of the whole objects among `digests`, as `records` finds them."""
+        rows = self.index.query_keys(
+            # What follows `data` in a row is not looked at where it need not be: SQLite
+            # would read through all of the data for it.
+            "SELECT digest, size, CASE place WHEN 2 THEN file_id END FROM objects "
+            "WHERE digest IN ({keys})",
+            digests,
+        )
+        adopted = {row[2] for row in rows if row[2] is not None}
+        changed = adopted - self.adopted.unchanged(adopted)
+        found = {digest: size for digest, size, file_id in rows if file_id not in changed}
+        if EMPTY_DIGEST in digests:
+            found[EMPTY_DIGEST] = 0
         return found
 
     def all_digests(self) -> list[bytes]:
@@ -195,10 +214,15 @@ class WholeObjects:
                 [value for pair in part for value in pair],
             )
             found.update(rows)
-        return [
-            found[digest] if digest in found else self._read_whole(digest, size)
-            for digest, size in wanted
-        ]
+        rest = [digest for digest, _ in wanted if digest not in found]
+        rows = self.index.query_keys(
+            "SELECT digest FROM objects WHERE place<>0 AND digest IN ({keys})", rest
+        )
+        in_files = {row[0] for row in rows}
+        for digest, size in wanted:
+            if digest in in_files and (data := self._read_whole(digest, size)) is not None:
+                found[digest] = data
+        return [found.get(digest) for digest, _ in wanted]
 
     def _read_whole(self, digest: bytes, size_bytes: int) -> bytes | None:
         reader = self.open_whole(digest)
@@ -206,6 +230,24 @@ class WholeObjects:
             return None
         with contextlib.closing(reader), disk_errors("cannot read an object"):
             return bytes(read_all(reader)) if reader.size_bytes == size_bytes else None
+
+    def get_blobs(self, wanted: Sequence[tuple[bytes, int]]) -> dict[bytes, bytes]:
+        """Return those of many blobs that are here, by digest, given digest and size of each.
+
+        As `get_blob` for each, but the small ones are looked for together.
+        """
+        small = [each for each in wanted if each[1] <= INLINE_LIMIT]
+        found = {
+            digest: data
+            for (digest, _), data in zip(small, self.read_small(small), strict=True)
+            if data is not None
+        }
+        for digest, size_bytes in wanted:
+            if size_bytes > INLINE_LIMIT:
+                data = self.get_blob(digest, size_bytes)
+                if data is not None:
+                    found[digest] = data
+        return found
 
     # ---- putting things in
 
@@ -221,6 +263,22 @@ class WholeObjects:
         new = NewObject(digest, len(data), list_digest, head_of(digest, chunk_list), added_by)
         self.keep_bytes(new, data).result()
         return digest
+
+    def note_chunk_lists(self, chunk_lists: Sequence[bytes]) -> None:
+        """Have chunk lists kept, without a wait for the small ones.
+
+        They are kept again with each object that becomes whole, and it is then that a
+        full disk is heard of.
+        """
+        small: list[tuple[NewObject, bytes]] = []
+        for data in chunk_lists:
+            if len(data) > INLINE_LIMIT:
+                self.put_blob(data)
+                continue
+            digest = digest_of(data)
+            small.append((NewObject(digest, len(data), b"", head_of(digest, b"")), data))
+        for start in range(0, len(small), LISTS_BATCH):
+            self.keep_small(small[start : start + LISTS_BATCH])
 
     def keep_bytes(
         self, new: NewObject, data: bytes | memoryview, chunk_list: bytes = b""

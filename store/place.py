@@ -92,7 +92,7 @@ class Place:
         Lists that differ never share a file, not even by design of whoever wrote them: a
         chunk true to a false list could then overwrite one that was verified.
         """
-        return self.partial / f"{digest.hex()}-{chunk_list.hex()}"
+        return self.partial / partial_name(digest, chunk_list)
 
     def partial_files(self) -> Iterator[tuple[Path, bytes]]:
         """Yield the files of objects in progress, with the objects' digests."""
@@ -103,6 +103,14 @@ class Place:
                 continue  # not ours
             if len(digest) == DIGEST_SIZE:
                 yield path, digest
+
+    def object_names(self) -> set[str]:
+        """Return the names of the files of whole objects."""
+        names: set[str] = set()
+        for folder in os.listdir(self.objects):
+            with contextlib.suppress(NotADirectoryError, FileNotFoundError):
+                names.update(os.listdir(self.objects / folder))
+        return names
 
     def partial_names(self) -> set[str]:
         """Return the names of the files of objects in progress."""
@@ -144,6 +152,11 @@ class Place:
                 for name in names:
                     if name.partition(".")[0] == session and not name.endswith(_LOCK_SUFFIX):
                         remove_file(self.tmp / name)
+
+
+def partial_name(digest: bytes, chunk_list: bytes) -> str:
+    """Return the name of the file of an object in progress; see `Place.partial_path`."""
+    return f"{digest.hex()}-{chunk_list.hex()}"
 
 
 _LOCK_SUFFIX = ".lock"

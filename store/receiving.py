@@ -23,6 +23,7 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 from . import bitmap
 from .digest import digest_of
@@ -31,7 +32,7 @@ from .hashing import hash_file
 from .incoming import Incoming
 from .manifest import ObjectRef
 from .objects import INLINE_LIMIT, WholeObjects, many
-from .place import disk_errors, remove_file
+from .place import disk_errors, partial_name, remove_file
 from .reader import FileReader
 from .records import NewObject, head_of, present, present_in
 
@@ -45,6 +46,29 @@ SMALL_WAIT_S = 60.0
 """Longest wait for one of them: the writer itself waits 30 s for another process."""
 
 _Key = tuple[bytes, bytes, int]
+
+
+MANY_OBJECTS = 64
+"""Objects from which on the store's folders are listed: each has 256 at most."""
+
+
+class _Found(NamedTuple):
+    """What was there before, of objects about to be received.
+
+    Attributes
+    ----------
+    here : set of bytes
+        Those with a row in the index.
+    noted : mapping of key to bytes
+        Bitmaps that can be trusted.
+    partial_files, whole_files : set of str or None
+        Names of the files in progress, and of whole objects; None when nobody looked.
+    """
+
+    here: Set[bytes]
+    noted: Mapping[_Key, bytes]
+    partial_files: Set[str] | None
+    whole_files: Set[str] | None
 
 
 class Receiver:
@@ -119,11 +143,15 @@ class Receiver:
         """See `Store.receive_many`."""
         here = present_in(self._objects.index, [ref.digest for ref, _ in wanted])
         noted = self._noted([ref.digest for ref, chunk_list in wanted if chunk_list])
-        files = self._objects.place.partial_names() if noted or len(wanted) > 1 else None
-        return [
-            self._receive(ref, chunk_list, ref.digest in here, noted, files)
-            for ref, chunk_list in wanted
-        ]
+        # One look at each folder instead of one for each object, where there are many.
+        is_many = len(wanted) > MANY_OBJECTS
+        found = _Found(
+            here,
+            noted,
+            self._objects.place.partial_names() if is_many else None,
+            self._objects.place.object_names() if is_many else None,
+        )
+        return [self._receive(ref, chunk_list, found) for ref, chunk_list in wanted]
 
     def _noted(self, digests: Sequence[bytes]) -> dict[_Key, bytes]:
         """Return the bitmaps that can be trusted, of objects in part."""
@@ -133,18 +161,8 @@ class Receiver:
         )
         return {row[:3]: row[3] for row in rows if row[4] == self._objects.boot}
 
-    def _receive(
-        self,
-        ref: ObjectRef,
-        chunk_list: bytes,
-        is_here: bool,
-        noted: Mapping[_Key, bytes],
-        files: Set[str] | None,
-    ) -> Incoming:
-        """Begin with one object, of which it is known what the index says.
-
-        `files` are the names of the files in progress; None when nobody has looked.
-        """
+    def _receive(self, ref: ObjectRef, chunk_list: bytes, found: _Found) -> Incoming:
+        """Begin with one object, of which it is known what the index says."""
         if ref.chunk_list != (digest_of(chunk_list) if chunk_list else b""):
             raise BadInput(f"the chunk list of {ref.digest.hex()} is not the one that is named")
         key = (ref.digest, ref.chunk_list, ref.size_bytes)
@@ -154,12 +172,18 @@ class Receiver:
             return known
         place = self._objects.place
         incoming = Incoming(ref.digest, ref.size_bytes, chunk_list, place.partial_path, self)
-        if (is_here and self._is_here(incoming)) or self._take_orphan(incoming):
+        if (ref.digest in found.here and self._is_here(incoming)) or (
+            (found.whole_files is None or ref.digest.hex() in found.whole_files)
+            and self._take_orphan(incoming)
+        ):
             incoming.claim_all()
             return incoming
-        if incoming.chunk_count > 1 and (files is None or incoming.path.name in files):
+        if incoming.chunk_count > 1 and (
+            found.partial_files is None
+            or partial_name(ref.digest, ref.chunk_list) in found.partial_files
+        ):
             with disk_errors(f"cannot read {incoming.path.name}"):
-                incoming.resume(noted.get(key))
+                incoming.resume(found.noted.get(key))
         with self._lock:
             known = self._incoming.get(key)
             if known is not None:

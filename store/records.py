@@ -134,8 +134,11 @@ def head_of(digest: bytes, chunk_list: bytes) -> int:
 def select_objects(index: Index, digests: Sequence[bytes]) -> dict[bytes, ObjectRecord]:
     """Return the rows of the whole objects among `digests`, stale ones included."""
     rows = index.query_keys(
-        "SELECT digest, size, place, file_id, file_offset, chunk_list "
-        "FROM objects WHERE digest IN ({keys})",
+        # An object in the index has one chunk. What follows `data` in its row is not
+        # looked at: SQLite would read through all of the data for it.
+        "SELECT digest, size, place, CASE place WHEN 0 THEN 0 ELSE file_id END, "
+        "CASE place WHEN 0 THEN 0 ELSE file_offset END, "
+        "CASE place WHEN 0 THEN x'' ELSE chunk_list END FROM objects WHERE digest IN ({keys})",
         digests,
     )
     return {

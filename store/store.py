@@ -123,7 +123,7 @@ class Store(WholeObjects):
         What is told of a part is what `open_reader` opens, also when the object is being
         received by several chunk lists at once.
         """
-        found = {d: Holding(r.size_bytes, None, b"") for d, r in self.records(digests).items()}
+        found = {d: Holding(size, None, b"") for d, size in self.sizes(digests).items()}
         rest = [digest for digest in digests if digest not in found]
         if rest:
             for digest, part in self._receiver.bitmaps(rest).items():

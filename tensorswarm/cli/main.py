@@ -240,6 +240,14 @@ def _add_network_commands(command: Callable[..., Parser], network: Parser) -> No
         help="a relay to use if this node cannot be dialled, besides those it meets",
     )
     sub.add_argument(
+        "--bulk-announce",
+        action="append",
+        default=[],
+        metavar="HOST:PORT",
+        help="tell peers this address of the bulk plane instead of its own, for a port that "
+        "a router or proxy forwards; may be given again",
+    )
+    sub.add_argument(
         "--http", metavar="HOST:PORT", help="serve the store's models over plain HTTP as well"
     )
     _add_limits(sub)

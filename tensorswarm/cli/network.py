@@ -109,6 +109,7 @@ def node(args: argparse.Namespace, output: Output) -> int:
                     listen=args.listen,
                     bootstrap=args.bootstrap,
                     bulk_port=args.bulk_port,
+                    bulk_announce=args.bulk_announce,
                     upload_limit=args.upload_limit,
                     download_limit=args.download_limit,
                     mdns=None if args.mdns else False,

@@ -29,6 +29,8 @@ IO_FREE = (
     "p2p/origin.py",
     "p2p/provider_table.py",
     "p2p/http1.py",
+    "p2p/http1_small.py",
+    "p2p/wire_plan.py",
     "p2p/fair_queue.py",
     "p2p/patience.py",
     "store/cid.py",

@@ -223,7 +223,7 @@ def test_our_own_limit_holds_and_is_no_stall() -> None:
 def test_the_planner_is_told_when_we_keep_a_source_waiting(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("tensorswarm.p2p.peer_source.HELD_S", 0.0)
+    monkeypatch.setattr("tensorswarm.p2p.source_desk.HELD_S", 0.0)
     sink, report = MemorySink(SMALL), RecordingReport()
     with bulk_server(MemoryShelf(SMALL)) as server:
         source = PeerSource(

@@ -11,6 +11,7 @@ import pytest
 
 from tensorswarm.p2p.bulk_server import BulkServer
 from tensorswarm.p2p.peer_source import (
+    MAX_CUTS_IN_VAIN,
     MAX_QUEUED_REQUESTS,
     MAX_RANGES_AHEAD,
     PeerSource,
@@ -341,32 +342,44 @@ def test_misbehaviour_ends_the_source_and_is_named(
     assert len(report.failures) == 1
 
 
-def test_a_cut_costs_what_was_on_the_wire_and_the_rest_gets_a_new_connection() -> None:
-    sink, report = MemorySink(SMALL, SMALL), RecordingReport()
-    with scripted_peer(too_few_bytes, right_answer) as peer:
-        source = source_of(peer, sink, report, pipeline_depth=1)
-        source.submit(request(1, (0, 0, 1)))
-        source.submit(request(2, (1, 0, 1)))
-        report.wait_for(lambda: report.finished == [2])
+def test_after_a_cut_a_new_connection_is_asked_for_what_has_not_come() -> None:
+    """Of the first answer one chunk came whole: it is not asked for again."""
+    asked: list[bytes] = []
+
+    def cut_in_the_second_chunk(connection: ScriptedConnection) -> None:
+        connection.read_request()
+        size = len(OBJECT.data)
+        connection.send(content_head(0, size - 1, size) + OBJECT.data[: CHUNK_SIZE + 10])
+
+    def the_rest(connection: ScriptedConnection) -> None:
+        asked.append(connection.read_request())
+        size = len(OBJECT.data)
+        connection.send(content_head(CHUNK_SIZE, size - 1, size) + OBJECT.data[CHUNK_SIZE:])
+        connection.hold()
+
+    sink, report = MemorySink(OBJECT), RecordingReport()
+    with scripted_peer(cut_in_the_second_chunk, the_rest) as peer:
+        source = source_of(peer, sink, report)
+        source.submit(request(1, (0, 0, 4)))
+        report.wait_done(1)
         end(source)
         assert peer.served == 2
-    assert [failed[:2] for failed in report.failures] == [(1, Failure.CLOSED)]
-    assert "10 bytes before the end" in report.failures[0][2]
-    assert sorted(sink.kept) == [(1, 0)]
+    assert sink.data_of(0) == OBJECT.data
+    assert f"Range: bytes={CHUNK_SIZE}-".encode() in asked[0]
+    assert [chunk for _, _, chunk, _, _ in report.chunks] == [0, 1, 2, 3]
 
 
-def test_a_second_cut_ends_the_source() -> None:
+def test_cuts_in_vain_end_the_source() -> None:
     sink, report = MemorySink(SMALL, SMALL), RecordingReport()
-    with scripted_peer(too_few_bytes, too_few_bytes) as peer:
+    with scripted_peer(*[too_few_bytes] * (MAX_CUTS_IN_VAIN + 2)) as peer:
         source = source_of(peer, sink, report, pipeline_depth=1)
         source.submit(request(1, (0, 0, 1)))
-        source.submit(request(2, (1, 0, 1)))
-        report.wait_for(lambda: len(report.failures) == 2)
+        assert report.wait_failure()[:2] == (None, Failure.CLOSED)
         assert source.join(WAIT_S)
-    assert [failed[:2] for failed in report.failures] == [
-        (1, Failure.CLOSED),
-        (None, Failure.CLOSED),
-    ]
+        assert peer.served == MAX_CUTS_IN_VAIN + 1
+    assert "10 bytes before the end" in report.failures[0][2]
+    assert len(report.failures) == 1
+    assert sink.kept == {}
 
 
 def test_a_busy_peer_is_unreachable() -> None:
