@@ -37,6 +37,8 @@ MESSAGES: list[wire.Message] = [
     wire.ChunkListIs(1, DIGEST, -1, b""),
     wire.GetPeers(1, b""),
     wire.Peers(1, ()),
+    wire.Offer(DIGEST, 0),
+    wire.Pass(DIGEST),
 ]
 
 
@@ -101,8 +103,8 @@ def test_vector_is_a_violation(vector: dict[str, Any]) -> None:
 
 
 def test_vectors_cover_every_kind() -> None:
-    assert {vector["message"][0] for vector in VECTORS["valid"]} == set(range(1, 13))
-    assert {message.kind for message in MESSAGES} == set(range(1, 13))
+    assert {vector["message"][0] for vector in VECTORS["valid"]} == set(range(1, 15))
+    assert {message.kind for message in MESSAGES} == set(range(1, 15))
 
 
 # ---- the document
