@@ -101,7 +101,10 @@ def measure(args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
                 before = (proxy.cuts, proxy.bytes_taken)
                 target = str(work / f"target{number}")
                 run = run_json(
-                    python("benchmarks.receivers", "tensorswarm", target, added["model"], address)
+                    python(
+                        *("benchmarks.receivers", "tensorswarm", target),
+                        *(added["model"], address, "tls"),
+                    )
                 )
                 cuts, taken = proxy.cuts - before[0], proxy.bytes_taken - before[1]
                 size_bytes = source.stat().st_size

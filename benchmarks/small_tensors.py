@@ -11,16 +11,15 @@ planning, bytes, verification, index.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
-import statistics
+import shutil
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 from .contenders import Measurement, Tensorswarm
 from .model import write_model
-from .one_source import measure
+from .report import Target, document, emit, spread, table
 
 WANTED_RATIO = 1 / 3
 """Least rate of the small tensors, as a part of the single tensor's."""
@@ -43,62 +42,65 @@ def main() -> None:
         MANY: [(f"layers.{i}.weight", args.kib << 10) for i in range(args.tensors)],
     }
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
-        contenders = []
-        for number, (kind, sizes) in enumerate(shapes.items()):
-            work = Path(name) / str(number)
-            source = work / "model.safetensors"
-            work.mkdir()
-            write_model(source, sizes, seed=number)
-            contender = Tensorswarm(source, work)
-            contender.name = kind
-            contenders.append(contender)
-        try:
-            for contender in contenders:
-                contender.start()
-            measured = measure(list(contenders), Path(name), args.rounds)
-        finally:
-            for contender in contenders:
-                contender.stop()
-    document = _document(measured, size_bytes, args.tensors, args.rounds)
-    if args.json:
-        print(json.dumps(document))
-        return
-    print(f"{args.tensors} x {args.kib} KiB, {args.rounds} rounds, {document['machine']}\n")
-    print(f"{'':14}{'seconds':>9}{'MB/s':>7}{'CPU s: in':>11}{'out':>7}")
-    for kind, row in document["kinds"].items():
-        print(
-            f"{kind:14}{row['seconds']:>9.3f}{row['mb_per_s']:>7.0f}"
-            f"{row['cpu_receiver_s']:>11.2f}{row['cpu_server_s']:>7.2f}"
-        )
-    verdict = "reached" if document["ratio"] >= WANTED_RATIO else "NOT reached"
-    print(f"\nratio {document['ratio']:.2f}, wanted {WANTED_RATIO:.2f}: {verdict}")
+        runs = measure(shapes, Path(name), args.rounds)
+    seconds = {kind: spread([run.seconds for run in each]) for kind, each in runs.items()}
+    ratio = seconds[ONE].median / seconds[MANY].median
+    emit(
+        document(
+            "small_tensors",
+            tensors=args.tensors,
+            bytes=size_bytes,
+            rounds=args.rounds,
+            seconds={kind: asdict(each) for kind, each in seconds.items()},
+            ratio=ratio,
+        ),
+        table(
+            ("", "seconds", "from-to", "MB/s", "CPU s: in", "out"),
+            [
+                (
+                    kind,
+                    each.median,
+                    each.span,
+                    size_bytes / each.median / 1e6,
+                    spread([run.cpu_receiver_s for run in runs[kind]]).median,
+                    spread([run.cpu_server_s for run in runs[kind]]).median,
+                )
+                for kind, each in seconds.items()
+            ],
+        ),
+        [Target("of one tensor's rate", ratio, WANTED_RATIO)],
+        as_json=args.json,
+    )
 
 
-def _document(
-    measured: dict[str, list[Measurement]], size_bytes: int, tensors: int, rounds: int
-) -> dict[str, object]:
-    """Return the medians, and the ratio of the two rates."""
-
-    def median(kind: str, field: str) -> float:
-        return statistics.median(getattr(run, field) for run in measured[kind])
-
-    kinds = {
-        kind: {
-            "seconds": round(median(kind, "seconds"), 3),
-            "mb_per_s": round(size_bytes / median(kind, "seconds") / 1e6, 1),
-            "cpu_receiver_s": round(median(kind, "cpu_receiver_s"), 2),
-            "cpu_server_s": round(median(kind, "cpu_server_s"), 2),
-        }
-        for kind in measured
-    }
-    return {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
-        "tensors": tensors,
-        "bytes": size_bytes,
-        "rounds": rounds,
-        "kinds": kinds,
-        "ratio": round(median(ONE, "seconds") / median(MANY, "seconds"), 3),
-    }
+def measure(
+    shapes: dict[str, list[tuple[str, int]]], work: Path, rounds: int
+) -> dict[str, list[Measurement]]:
+    """Return what each round came to, by kind of model; one round more goes before."""
+    contenders = {}
+    for number, (kind, sizes) in enumerate(shapes.items()):
+        folder = work / str(number)
+        folder.mkdir()
+        write_model(folder / "model.safetensors", sizes, seed=number)
+        contenders[kind] = Tensorswarm(folder / "model.safetensors", folder)
+        contenders[kind].prepare()
+    runs: dict[str, list[Measurement]] = {kind: [] for kind in contenders}
+    try:
+        for contender in contenders.values():
+            contender.start()
+        for number in range(-1, rounds):
+            for kind, contender in contenders.items():
+                target = work / "target"
+                target.mkdir()
+                os.sync()
+                one = contender.run(target)
+                shutil.rmtree(target)
+                if number >= 0:
+                    runs[kind].append(one)
+    finally:
+        for contender in contenders.values():
+            contender.stop()
+    return runs
 
 
 if __name__ == "__main__":

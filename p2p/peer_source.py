@@ -67,6 +67,10 @@ MAX_CUTS_IN_VAIN = 3
 5 s on average, one in twenty lives no longer than its handshakes; a peer that always cuts
 is out at the planner's 3 s of silence at the latest."""
 
+QUICK_FAILURE_S = 0.6
+"""Time within which a first attempt to connect may fail and is made again: with it, both
+are over before the planner's 3 s of silence."""
+
 PROGRESS_INTERVAL_S = 0.25
 """Seconds after which progress is reported before a piece is full: often enough for the
 planner's 3 s, whatever the rate."""
@@ -231,6 +235,7 @@ class _Worker:
         self._chunks_read = 0  # of the first range on the wire
         self._cuts = 0  # since a whole chunk last came
         self._has_brought = False
+        self._connecting_since = 0.0
         self._is_new = False
 
     def _run(self) -> None:
@@ -276,6 +281,7 @@ class _Worker:
     def _step(self) -> None:
         """Send what may be sent, then receive one chunk."""
         if self._connection is None:
+            self._connecting_since = time.monotonic()
             race = self._race()
             self._desk.link(self, race)
             self._connection = race.run()
@@ -427,8 +433,14 @@ class _Worker:
             self._desk.finish(job)
 
     def _may_try_again(self) -> bool:
-        """Tell whether a peer that gave something here is worth another connection."""
-        return self._has_brought and self._cuts < MAX_CUTS_IN_VAIN
+        """Tell whether a peer is worth another attempt to connect.
+
+        It is if it gave something here; and once if the first attempt failed at once: that
+        too may have been a cut, and there is time left to take another way.
+        """
+        if self._has_brought:
+            return self._cuts < MAX_CUTS_IN_VAIN
+        return not self._cuts and time.monotonic() - self._connecting_since < QUICK_FAILURE_S
 
     def _take_cut(self, detail: str) -> None:
         """Ask a new connection for what has not come over one that was cut."""
