@@ -27,9 +27,9 @@ from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
 from multiaddr import Multiaddr
 
-from tensorswarm.p2p.announce_schedule import REPUBLISH_S
-from tensorswarm.p2p.discovery import Discovery
-from tensorswarm.p2p.host import Host
+from tensorswarm.p2p.dht.announce_schedule import REPUBLISH_S
+from tensorswarm.p2p.dht.discovery import Discovery
+from tensorswarm.p2p.host.host import Host
 from tensorswarm.store.cid import dht_key
 
 from .report import Target, document, emit, spread, table

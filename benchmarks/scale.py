@@ -187,7 +187,7 @@ class _MadeUpPeer:
         }
 
     async def want(self, digests: Sequence[bytes]) -> None:
-        from tensorswarm.p2p import wire
+        from tensorswarm.p2p.control import wire
         from tensorswarm.store.digest import CHUNK_SIZE
 
         size = CHUNKS_PER_TENSOR * CHUNK_SIZE
@@ -223,7 +223,7 @@ class _MadeUpWorker:
             self._changed.notify()
 
     def _work(self) -> None:
-        from tensorswarm.p2p.source import Outcome
+        from tensorswarm.p2p.swarm.source import Outcome
         from tensorswarm.store.digest import CHUNK_SIZE
 
         while self.brought < self._limit:

@@ -28,14 +28,7 @@ from tensorswarm.store.errors import (
 )
 from tensorswarm.store.incoming import Incoming
 
-from . import wire
-from .neighbours import Neighbours
-from .origin import FileRange, display_url
-from .origin_source import OriginSource
-from .rates import RateLimiter
-from .results import SourceReport
-from .routes import Routes, Via
-from .sink import (
+from .bulk.sink import (
     ChunkCame,
     EventQueue,
     Progressed,
@@ -44,8 +37,15 @@ from .sink import (
     SourceFailed,
     StoreSink,
 )
-from .source import Failure, Outcome, SmallOutcome, SourceWorker, Span
-from .swarm import Ask, Cancel, Drop, Planner, PlannerLimits, SourceKind
+from .control import wire
+from .control.neighbours import Neighbours
+from .limits.rates import RateLimiter
+from .origins.origin import FileRange, display_url
+from .origins.source import OriginSource
+from .results import SourceReport
+from .routes import Routes, Via
+from .swarm.planner import Ask, Cancel, Drop, Planner, PlannerLimits, SourceKind
+from .swarm.source import Failure, Outcome, SmallOutcome, SourceWorker, Span
 
 RETRY_BACKOFF_S = (1.0, 3.0, 10.0)
 """Pauses before a source that failed for a passing reason is tried again."""

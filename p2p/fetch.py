@@ -36,13 +36,13 @@ from tensorswarm.store.manifest import MAX_MANIFEST_BYTES, Manifest, ObjectRef
 from tensorswarm.store.order import urgency
 from tensorswarm.store.relatives import copy_from_relatives
 
-from .answers import MAX_BLOB_BYTES
+from .control.answers import MAX_BLOB_BYTES
+from .control.neighbour import Neighbour
+from .dht.search import Search
 from .download import Download, OriginSpec
 from .inquiry import FRUITLESS_ROUNDS, Inquiry, pause_s
-from .neighbour import Neighbour
-from .origin import check_origin_url, file_url, locate_objects
+from .origins.origin import check_origin_url, file_url, locate_objects
 from .results import FetchResult, SourceReport
-from .search import Search
 from .services import Services
 
 SETTLE_S = 1.0

@@ -27,8 +27,8 @@ from tensorswarm.store.manifest import Manifest
 from tensorswarm.store.store import Store
 from tensorswarm.store.version import VERSION
 
-from .addresses import parse_listen, tcp_host
-from .rates import RateLimiter
+from .host.addresses import parse_listen, tcp_host
+from .limits.rates import RateLimiter
 
 MAX_CONNECTIONS = 64
 """Connections served at once; each holds a thread."""

@@ -14,8 +14,8 @@ import trio
 
 from tensorswarm.store.errors import NoSource, NotFound, ProtocolError, Refused, RemoteError
 
-from .neighbour import Neighbour
-from .search import MAX_KEYS_PER_ROUND, Search
+from .control.neighbour import Neighbour
+from .dht.search import MAX_KEYS_PER_ROUND, Search
 from .services import Services
 
 T = TypeVar("T")

@@ -24,32 +24,32 @@ from tensorswarm.store.errors import BadInput, ProtocolError, RemoteError, Tenso
 from tensorswarm.store.store import Store
 from tensorswarm.store.version import VERSION
 
-from . import wire, wire_limits
-from .access import Access
-from .addresses import PeerAddress, is_loopback, parse_peer_address, tcp_host
-from .announcer import Announcer
-from .answers import Answers
-from .autonat import AutoNatServer
-from .bootstrap import Bootstrapper, Bootstraps
-from .bulk_server import BulkServer
-from .dht_file import FILE_NAME, DhtFile
-from .discovery import Discovery
+from .bulk.server import BulkServer
+from .bulk.stream_server import BULK_STREAM_PROTOCOL, StreamServer
+from .bulk.tls import BulkIdentity
+from .control import wire, wire_limits
+from .control.access import Access
+from .control.answers import Answers
+from .control.neighbours import Neighbours
+from .dht.announcer import Announcer
+from .dht.bootstrap import Bootstrapper, Bootstraps
+from .dht.discovery import Discovery
+from .dht.file import FILE_NAME, DhtFile
+from .dht.mdns import Mdns
 from .fetch import Fetch, FetchOptions, Progress
-from .host import Host
-from .identity import identity_for
-from .mdns import Mdns
-from .neighbours import Neighbours
+from .host.addresses import PeerAddress, is_loopback, parse_peer_address, tcp_host
+from .host.host import Host
+from .host.identity import identity_for
+from .host.pnet import fingerprint, read_key
+from .limits.rates import limiter_of
 from .node_state import remove_state, write_state
-from .pnet import fingerprint, read_key
-from .rates import limiter_of
-from .reach import Reach
-from .relay_client import RelayClient
-from .relay_server import RelayServer
+from .reach.autonat import AutoNatServer
+from .reach.reach import Reach
+from .reach.relay_client import RelayClient
+from .reach.relay_server import RelayServer
 from .results import FetchResult
 from .routes import Routes, bulk_candidates, bulk_told
 from .services import Services
-from .stream_server import BULK_STREAM_PROTOCOL, StreamServer
-from .tls import BulkIdentity
 
 DEFAULT_LISTEN = "/ip4/0.0.0.0/tcp/0"
 """Every IPv4 interface, any free port."""
@@ -100,7 +100,7 @@ class Node:
         those it meets.
     bulk : str
         ``"tls"``, or ``"clear"``: connections within this machine may leave TLS after the
-        handshake (see `bulk_clear`).
+        handshake (see `bulk.clear`).
 
     Attributes
     ----------

@@ -13,7 +13,7 @@ from typing import Any
 
 from tensorswarm.store.place import Place, disk_errors
 
-from .addresses import is_loopback
+from .host.addresses import is_loopback
 
 STATE_FILE = "node.json"
 """The file's name in the store's directory."""

@@ -21,15 +21,15 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from enum import Enum
 
-from . import wire_limits
-from .addresses import Scope, is_circuit, scope_of, tcp_host
-from .bulk_dial import MAX_ADDRESSES
-from .host import Stream
-from .peer_source import PeerSource
-from .rates import RateLimiter
-from .source import Report, Sink, SourceWorker
-from .stream_source import StreamSource
-from .tls import BulkIdentity
+from .bulk.dial import MAX_ADDRESSES
+from .bulk.peer_source import PeerSource
+from .bulk.stream_source import StreamSource
+from .bulk.tls import BulkIdentity
+from .control import wire_limits
+from .host.addresses import Scope, is_circuit, scope_of, tcp_host
+from .host.host import Stream
+from .limits.rates import RateLimiter
+from .swarm.source import Report, Sink, SourceWorker
 
 UNREACHABLE_S = 60.0
 """How long a bulk plane that could not be reached is not tried again, in seconds: finding

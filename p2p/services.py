@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from tensorswarm.store.store import Store
 
-from .addresses import PeerAddress
-from .discovery import Discovery
-from .neighbours import Neighbours
-from .rates import RateLimiter
+from .control.neighbours import Neighbours
+from .dht.discovery import Discovery
+from .host.addresses import PeerAddress
+from .limits.rates import RateLimiter
 from .routes import Routes
 
 

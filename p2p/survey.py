@@ -13,9 +13,9 @@ from tensorswarm.store.digest import CHUNK_SIZE
 from tensorswarm.store.errors import BadInput, NoSource, RemoteError
 from tensorswarm.store.manifest import MAX_MANIFEST_BYTES, Manifest
 
-from . import wire
-from .addresses import PeerAddress, believable
-from .neighbour import Neighbour
+from .control import wire
+from .control.neighbour import Neighbour
+from .host.addresses import PeerAddress, believable
 from .node import Node
 
 MAX_PEERS_MET = 64

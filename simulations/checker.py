@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tensorswarm.p2p.source import Failure, Request
-from tensorswarm.p2p.swarm import Drop
+from tensorswarm.p2p.swarm.planner import Drop
+from tensorswarm.p2p.swarm.source import Failure, Request
 
 if TYPE_CHECKING:
     from .peer import SimulatedPeer

@@ -13,11 +13,11 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tensorswarm.p2p import wire
-from tensorswarm.p2p.membership import Membership
-from tensorswarm.p2p.source import Failure, Request, Span
-from tensorswarm.p2p.swarm import Ask, Cancel, Drop, PassOn, Planner, SourceKind
-from tensorswarm.p2p.upload_slots import UploadSlots, Waiting
+from tensorswarm.p2p.control import wire
+from tensorswarm.p2p.swarm.membership import Membership
+from tensorswarm.p2p.swarm.planner import Ask, Cancel, Drop, PassOn, Planner, SourceKind
+from tensorswarm.p2p.swarm.source import Failure, Request, Span
+from tensorswarm.p2p.swarm.upload_slots import UploadSlots, Waiting
 from tensorswarm.store.digest import CHUNK_SIZE
 
 from .network import Flow, Link

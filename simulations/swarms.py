@@ -6,8 +6,8 @@ import math
 import random
 from collections.abc import Callable, Sequence
 
-from tensorswarm.p2p.membership import MembershipLimits
-from tensorswarm.p2p.swarm import PlannerLimits
+from tensorswarm.p2p.swarm.membership import MembershipLimits
+from tensorswarm.p2p.swarm.planner import PlannerLimits
 from tensorswarm.store.digest import CHUNK_SIZE
 
 from .measure import finish_curve, summary

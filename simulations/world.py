@@ -12,10 +12,10 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from tensorswarm.p2p import wire
-from tensorswarm.p2p.membership import MembershipLimits
-from tensorswarm.p2p.source import Request
-from tensorswarm.p2p.swarm import PlannerLimits
+from tensorswarm.p2p.control import wire
+from tensorswarm.p2p.swarm.membership import MembershipLimits
+from tensorswarm.p2p.swarm.planner import PlannerLimits
+from tensorswarm.p2p.swarm.source import Request
 from tensorswarm.store.digest import CHUNK_SIZE, digest_of
 
 from .checker import Checker

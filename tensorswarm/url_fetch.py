@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
-from tensorswarm.p2p.origin import check_origin_url, display_url
-from tensorswarm.p2p.remote_file import RemoteFiles
+from tensorswarm.p2p.origins.origin import check_origin_url, display_url
+from tensorswarm.p2p.origins.remote_file import RemoteFiles
 from tensorswarm.p2p.results import FetchResult, SourceReport
 from tensorswarm.store import sidecar
 from tensorswarm.store.errors import BadInput, HashMismatch, NotFound

@@ -70,7 +70,7 @@ def port_number(text: str) -> int:
 
 def rate(text: str) -> float:
     """Read a rate in bytes per second for argparse."""
-    from tensorswarm.p2p.rates import parse_rate
+    from tensorswarm.p2p.limits.rates import parse_rate
 
     try:
         return parse_rate(text)

@@ -49,7 +49,7 @@ def share(args: argparse.Namespace, output: Output) -> int:
 
 def network_key(args: argparse.Namespace, output: Output) -> int:
     """Make the key file of a private network."""
-    from tensorswarm.p2p.pnet import fingerprint, write_new_key
+    from tensorswarm.p2p.host.pnet import fingerprint, write_new_key
 
     document = {"file": str(args.file), "network": fingerprint(write_new_key(args.file))}
 
@@ -62,7 +62,7 @@ def network_key(args: argparse.Namespace, output: Output) -> int:
 
 
 def _peer_id(text: str) -> str:
-    from tensorswarm.p2p.addresses import parse_peer_id
+    from tensorswarm.p2p.host.addresses import parse_peer_id
 
     try:
         return parse_peer_id(text)

@@ -15,7 +15,7 @@ from typing import Any
 import msgpack
 import pytest
 
-from tensorswarm.p2p import wire, wire_limits
+from tensorswarm.p2p.control import wire, wire_limits
 from tensorswarm.store.errors import ProtocolError
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors/wire.json").read_text("utf-8"))

@@ -10,9 +10,10 @@ import trio.testing
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
 
-from tensorswarm.p2p import announce_schedule, dht_publish
-from tensorswarm.p2p.dht_file import DhtFile
-from tensorswarm.p2p.discovery import Discovery
+from tensorswarm.p2p.dht import announce_schedule
+from tensorswarm.p2p.dht import publish as dht_publish
+from tensorswarm.p2p.dht.discovery import Discovery
+from tensorswarm.p2p.dht.file import DhtFile
 from tensorswarm.store.cid import dht_key
 from tests.support.dht_network import WANTED, digests, event_when_recorded, network, providers
 from tests.support.hosts import run

@@ -9,18 +9,18 @@ from libp2p.host.autonat.pb.autonat_pb2 import Message
 from libp2p.peer.id import ID
 from multiaddr import Multiaddr
 
-from tensorswarm.p2p.autonat import (
+from tensorswarm.p2p.host.host import Host
+from tensorswarm.p2p.reach.autonat import (
     AUTONAT_PROTOCOL,
     AutoNatServer,
     Reachability,
     Verdicts,
     ask_to_dial_back,
 )
-from tensorswarm.p2p.host import Host
-from tensorswarm.p2p.reach import Reach
-from tensorswarm.p2p.relay_client import RelayClient
-from tensorswarm.p2p.relay_server import RelayServer
-from tensorswarm.p2p.relay_wire import MessageStream
+from tensorswarm.p2p.reach.reach import Reach
+from tensorswarm.p2p.reach.relay_client import RelayClient
+from tensorswarm.p2p.reach.relay_server import RelayServer
+from tensorswarm.p2p.reach.relay_wire import MessageStream
 from tests.support.hosts import HERE, NOBODY, run
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import trio
 
-from tensorswarm.p2p import bootstrap as bootstrap_module
-from tensorswarm.p2p import discovery as discovery_module
 from tensorswarm.p2p import node as node_module
-from tensorswarm.p2p.addresses import PeerAddress
-from tensorswarm.p2p.bootstrap import Bootstraps
-from tensorswarm.p2p.dnsaddr import resolve_dnsaddr, txt_from
-from tensorswarm.p2p.host import Host
-from tensorswarm.p2p.mdns import Mdns, peer_in, txt_of
+from tensorswarm.p2p.dht import bootstrap as bootstrap_module
+from tensorswarm.p2p.dht import discovery as discovery_module
+from tensorswarm.p2p.dht.bootstrap import Bootstraps
+from tensorswarm.p2p.dht.dnsaddr import resolve_dnsaddr, txt_from
+from tensorswarm.p2p.dht.mdns import Mdns, peer_in, txt_of
+from tensorswarm.p2p.host.addresses import PeerAddress
+from tensorswarm.p2p.host.host import Host
 from tensorswarm.p2p.node import Node
 from tensorswarm.store.errors import BadInput, NoSource
 from tests.support.dht_network import WANTED, network, providers

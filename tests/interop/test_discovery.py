@@ -13,9 +13,11 @@ from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
 from multiaddr import Multiaddr
 
-from tensorswarm.p2p import dht_records, dht_server
-from tensorswarm.p2p import discovery as discovery_module
-from tensorswarm.p2p.dht_rpc import (
+from tensorswarm.p2p.dht import discovery as discovery_module
+from tensorswarm.p2p.dht import records as dht_records
+from tensorswarm.p2p.dht import server as dht_server
+from tensorswarm.p2p.dht.discovery import Provider
+from tensorswarm.p2p.dht.rpc import (
     KAD_PROTOCOL,
     Deframer,
     Question,
@@ -24,8 +26,7 @@ from tensorswarm.p2p.dht_rpc import (
     find_node,
     framed,
 )
-from tensorswarm.p2p.discovery import Provider
-from tensorswarm.p2p.host import Handler, Host, Stream
+from tensorswarm.p2p.host.host import Handler, Host, Stream
 from tensorswarm.store.cid import dht_key
 from tensorswarm.store.digest import digest_of
 from tensorswarm.store.errors import NoSource, RemoteError

@@ -12,9 +12,11 @@ from libp2p.kad_dht.pb.kademlia_pb2 import Message
 from libp2p.peer.id import ID
 from multiaddr import Multiaddr
 
-from tensorswarm.p2p import dht_server
-from tensorswarm.p2p.dht_file import DhtFile
-from tensorswarm.p2p.dht_rpc import (
+from tensorswarm.p2p.dht import server as dht_server
+from tensorswarm.p2p.dht.discovery import Discovery
+from tensorswarm.p2p.dht.file import DhtFile
+from tensorswarm.p2p.dht.provider_table import RECORD_LIFETIME_S
+from tensorswarm.p2p.dht.rpc import (
     KAD_PROTOCOL,
     DhtStream,
     Question,
@@ -24,9 +26,7 @@ from tensorswarm.p2p.dht_rpc import (
     find_node,
     get_providers,
 )
-from tensorswarm.p2p.discovery import Discovery
-from tensorswarm.p2p.host import Host
-from tensorswarm.p2p.provider_table import RECORD_LIFETIME_S
+from tensorswarm.p2p.host.host import Host
 from tensorswarm.store.cid import dht_key
 from tensorswarm.store.digest import digest_of
 from tests.support.hosts import HERE, run

@@ -9,10 +9,10 @@ import pytest
 import trio
 import trio.testing
 
-from tensorswarm.p2p import host as host_module
-from tensorswarm.p2p import host_guard
-from tensorswarm.p2p.addresses import PeerAddress, tcp_host
-from tensorswarm.p2p.host import Host, Stream
+from tensorswarm.p2p.host import guard as host_guard
+from tensorswarm.p2p.host import host as host_module
+from tensorswarm.p2p.host.addresses import PeerAddress, tcp_host
+from tensorswarm.p2p.host.host import Host, Stream
 from tensorswarm.store.errors import BadInput, NoSource
 from tests.support.hosts import (
     ECHO,

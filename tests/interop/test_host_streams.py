@@ -14,8 +14,9 @@ import pytest
 import trio
 import trio.testing
 
-from tensorswarm.p2p import host_guard, host_stream
-from tensorswarm.p2p.host import Host, Stream
+from tensorswarm.p2p.host import guard as host_guard
+from tensorswarm.p2p.host import stream as host_stream
+from tensorswarm.p2p.host.host import Host, Stream
 from tensorswarm.store.errors import LocalError, NoSource, RemoteError
 from tests.support.hosts import (
     ECHO,
@@ -246,7 +247,7 @@ def test_a_failing_handler_costs_its_stream_alone(error: Exception) -> None:
 
 VICTIM = """
 import sys, trio
-from tensorswarm.p2p.host import Host
+from tensorswarm.p2p.host.host import Host
 
 async def main():
     async def hold(peer_id, stream):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from tensorswarm.p2p import wire, wire_limits
+from tensorswarm.p2p.control import wire, wire_limits
 from tensorswarm.p2p.node import LOOPBACK_LISTEN, Node
 from tensorswarm.store.digest import CHUNK_SIZE, chunk_list_of, digest_of, split_chunk_list
 from tensorswarm.store.ingest import add_paths

@@ -14,11 +14,12 @@ from typing import TypeVar
 import pytest
 import trio
 
-from tensorswarm.p2p import announce_schedule, dht_publish
-from tensorswarm.p2p import discovery as discovery_module
-from tensorswarm.p2p.dht_rpc import KAD_PROTOCOL
-from tensorswarm.p2p.discovery import Discovery
-from tensorswarm.p2p.host import Host
+from tensorswarm.p2p.dht import announce_schedule
+from tensorswarm.p2p.dht import discovery as discovery_module
+from tensorswarm.p2p.dht import publish as dht_publish
+from tensorswarm.p2p.dht.discovery import Discovery
+from tensorswarm.p2p.dht.rpc import KAD_PROTOCOL
+from tensorswarm.p2p.host.host import Host
 from tensorswarm.store.cid import dht_key
 from tensorswarm.store.digest import digest_of
 from tests.support.hosts import HERE, receive

@@ -9,11 +9,11 @@ import pytest
 import trio
 from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, Status, StopMessage
 
-from tensorswarm.p2p.addresses import PeerAddress, circuit_through, parse_peer_address
-from tensorswarm.p2p.host import Host, Stream
-from tensorswarm.p2p.relay_client import RelayClient
-from tensorswarm.p2p.relay_server import RelayLimits, RelayServer
-from tensorswarm.p2p.relay_wire import HOP_PROTOCOL, STOP_PROTOCOL, MessageStream
+from tensorswarm.p2p.host.addresses import PeerAddress, circuit_through, parse_peer_address
+from tensorswarm.p2p.host.host import Host, Stream
+from tensorswarm.p2p.reach.relay_client import RelayClient
+from tensorswarm.p2p.reach.relay_server import RelayLimits, RelayServer
+from tensorswarm.p2p.reach.relay_wire import HOP_PROTOCOL, STOP_PROTOCOL, MessageStream
 from tensorswarm.store.errors import NoSource, ProtocolError, RemoteError
 from tests.support.hosts import ECHO, HERE, echo, receive, run
 

@@ -9,9 +9,9 @@ import trio
 import trio.testing
 from safetensors.numpy import save_file
 
-from tensorswarm.p2p.addresses import PeerAddress
+from tensorswarm.p2p.dht.search import MAX_REDIAL_AFTER_S, REDIAL_AFTER_S, Search
+from tensorswarm.p2p.host.addresses import PeerAddress
 from tensorswarm.p2p.node import Node
-from tensorswarm.p2p.search import MAX_REDIAL_AFTER_S, REDIAL_AFTER_S, Search
 from tensorswarm.store.cid import model_cid
 from tensorswarm.store.errors import NoSource
 from tensorswarm.store.ingest import add_paths

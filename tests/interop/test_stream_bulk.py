@@ -10,11 +10,11 @@ import pytest
 import trio
 import trio.testing
 
-from tensorswarm.p2p import http1
-from tensorswarm.p2p.host import Host, Stream
-from tensorswarm.p2p.source import Failure, Outcome, Request, Span
-from tensorswarm.p2p.stream_server import BULK_STREAM_PROTOCOL, StreamServer
-from tensorswarm.p2p.stream_source import StreamSource
+from tensorswarm.p2p.bulk import http1
+from tensorswarm.p2p.bulk.stream_server import BULK_STREAM_PROTOCOL, StreamServer
+from tensorswarm.p2p.bulk.stream_source import StreamSource
+from tensorswarm.p2p.host.host import Host, Stream
+from tensorswarm.p2p.swarm.source import Failure, Outcome, Request, Span
 from tensorswarm.store.digest import CHUNK_SIZE
 from tensorswarm.store.errors import NoSource, RemoteError
 from tests.support.bulk_fakes import MemoryShelf, MemorySink, RecordingReport, make_object

@@ -9,10 +9,10 @@ from collections import Counter
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from tensorswarm.p2p.chunk_map import BLOCK_CHUNKS, ChunkMap
-from tensorswarm.p2p.picker import Picker
-from tensorswarm.p2p.source import Failure
-from tensorswarm.p2p.swarm import PlannerLimits, SourceKind
+from tensorswarm.p2p.swarm.chunk_map import BLOCK_CHUNKS, ChunkMap
+from tensorswarm.p2p.swarm.picker import Picker
+from tensorswarm.p2p.swarm.planner import PlannerLimits, SourceKind
+from tensorswarm.p2p.swarm.source import Failure
 from tensorswarm.store.digest import CHUNK_SIZE, chunk_count, chunk_length
 from tests.support.swarm_world import MIB, Chunk, SimulatedSource, SwarmWorld
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tensorswarm.p2p import wire, wire_limits
+from tensorswarm.p2p.control import wire, wire_limits
 from tensorswarm.store.digest import CHUNK_SIZE, MAX_OBJECT_SIZE, chunk_count
 
 MAX_SMALL_SIZE = 40 * CHUNK_SIZE

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from tensorswarm.p2p import wire
+from tensorswarm.p2p.control import wire
 from tensorswarm.simulations import scenario
 from tensorswarm.simulations.engine import Engine
 from tensorswarm.simulations.network import Link, Network

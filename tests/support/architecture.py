@@ -28,6 +28,18 @@ MAY_IMPORT = {
 }
 """Which folders' files may import which folders. Arrows go one way."""
 
+MAY_IMPORT_IN_P2P = {
+    "limits": {"limits"},
+    "swarm": {"swarm"},
+    "host": {"host"},
+    "reach": {"reach", "host", "limits"},
+    "control": {"control", "host"},
+    "dht": {"dht", "control", "host"},
+    "bulk": {"bulk", "swarm", "host", "limits"},
+    "origins": {"origins", "swarm", "limits"},
+}
+"""The same for the rooms of ``p2p``. Its files that are in no room put the rooms together."""
+
 NOT_IN_STORE = {"libp2p", "trio", "httpx"}
 
 NOT_IN_IO_FREE = {
@@ -182,6 +194,25 @@ def wrong_arrows(project: Project) -> list[str]:
         elif folder == "store" and found.top in NOT_IN_STORE:
             complaints.append(f"{found.where}: store must not import {found.top}")
     return complaints
+
+
+def wrong_rooms(project: Project) -> list[str]:
+    """Check that no room of ``p2p`` imports one it must not know."""
+    complaints = []
+    for found in project.imports:
+        room = room_of(found.file)
+        if room and found.target and folder_of(found.target) == "p2p":
+            target = room_of(found.target)
+            if target not in MAY_IMPORT_IN_P2P[room]:
+                what = f"p2p/{target}" if target else found.target
+                complaints.append(f"{found.where}: p2p/{room} must not import {what}")
+    return complaints
+
+
+def room_of(file: str) -> str:
+    """Return the room of ``p2p`` that a file is in, or an empty text."""
+    parts = file.split("/")
+    return parts[1] if parts[0] == "p2p" and len(parts) > 2 else ""
 
 
 def _target_folder(found: Import) -> str:

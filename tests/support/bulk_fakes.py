@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 from libp2p.crypto.ed25519 import create_new_key_pair
 
-from tensorswarm.p2p.bulk_server import BulkServer
-from tensorswarm.p2p.source import Failure, Outcome, SmallOutcome, WantedObject
-from tensorswarm.p2p.tls import BulkIdentity
+from tensorswarm.p2p.bulk.server import BulkServer
+from tensorswarm.p2p.bulk.tls import BulkIdentity
+from tensorswarm.p2p.swarm.source import Failure, Outcome, SmallOutcome, WantedObject
 from tensorswarm.store.digest import CHUNK_SIZE, chunk_count, digest_of, split_chunk_list
 from tensorswarm.store.digest import chunk_list_of as list_of
 

@@ -11,11 +11,11 @@ import trio
 import trio.testing
 from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
 
-from tensorswarm.p2p.dht_rpc import (
+from tensorswarm.p2p.dht.discovery import Discovery, Provider
+from tensorswarm.p2p.dht.rpc import (
     KAD_PROTOCOL,
 )
-from tensorswarm.p2p.discovery import Discovery, Provider
-from tensorswarm.p2p.host import Handler, Host
+from tensorswarm.p2p.host.host import Handler, Host
 from tensorswarm.store.digest import digest_of
 from tests.support.hosts import HERE
 

@@ -25,7 +25,8 @@ from typing import Any
 
 import trio
 
-from tensorswarm.p2p import bulk_server, http1
+from tensorswarm.p2p.bulk import http1
+from tensorswarm.p2p.bulk import server as bulk_server
 from tensorswarm.p2p.node import LOOPBACK_LISTEN, Node
 from tensorswarm.store.digest import CHUNK_SIZE
 from tensorswarm.store.reader import ObjectReader

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from tensorswarm.p2p.host import Host, Stream
+from tensorswarm.p2p.host.host import Host, Stream
 
 ECHO = "/test/echo/1"
 HERE = "127.0.0.1:0"

@@ -17,9 +17,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from tensorswarm.p2p.origin import FileRange, file_url
-from tensorswarm.p2p.origin_source import OriginSource
-from tensorswarm.p2p.source import Failure, Outcome, Report, Request, Sink, Span, WantedObject
+from tensorswarm.p2p.origins.origin import FileRange, file_url
+from tensorswarm.p2p.origins.source import OriginSource
+from tensorswarm.p2p.swarm.source import Failure, Outcome, Report, Request, Sink, Span, WantedObject
 from tensorswarm.store.digest import CHUNK_SIZE, chunk_count, digest_of
 from tests.support.http_origin import HttpOrigin
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 
-from tensorswarm.p2p.source import Request
-from tensorswarm.p2p.swarm import (
+from tensorswarm.p2p.swarm.planner import (
     Ask,
     Cancel,
     Drop,
@@ -15,6 +14,7 @@ from tensorswarm.p2p.swarm import (
     SourceKind,
     SourceStatistics,
 )
+from tensorswarm.p2p.swarm.source import Request
 from tensorswarm.store.digest import CHUNK_SIZE
 from tests.support.swarm_world import MIB, Chunk
 

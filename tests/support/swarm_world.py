@@ -18,8 +18,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from tensorswarm.p2p.source import Failure, Request
-from tensorswarm.p2p.swarm import Ask, Cancel, Drop, Planner, PlannerLimits, SourceKind
+from tensorswarm.p2p.swarm.planner import Ask, Cancel, Drop, Planner, PlannerLimits, SourceKind
+from tensorswarm.p2p.swarm.source import Failure, Request
 from tensorswarm.store.digest import CHUNK_SIZE, chunk_count, chunk_length
 
 MIB = 1 << 20

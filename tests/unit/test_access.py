@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tensorswarm.p2p import wire
-from tensorswarm.p2p.access import Access
-from tensorswarm.p2p.announcer import announceable
-from tensorswarm.p2p.answers import Answers
+from tensorswarm.p2p.control import wire
+from tensorswarm.p2p.control.access import Access
+from tensorswarm.p2p.control.answers import Answers
+from tensorswarm.p2p.dht.announcer import announceable
 from tensorswarm.store.access import ACCESS_FILE, Rule, read_rules, write_rules
 from tensorswarm.store.errors import BadInput
 from tensorswarm.store.ingest import add_paths

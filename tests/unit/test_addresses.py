@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from libp2p.peer.id import ID
 
-from tensorswarm.p2p.addresses import (
+from tensorswarm.p2p.host.addresses import (
     MAX_ADDRESS_TEXT,
     MAX_ADDRS_PER_PEER,
     PeerAddress,

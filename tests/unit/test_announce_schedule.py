@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from tensorswarm.p2p import announce_schedule
-from tensorswarm.p2p.announce_schedule import (
+from tensorswarm.p2p.dht import announce_schedule
+from tensorswarm.p2p.dht.announce_schedule import (
     CROWDED_RETRY_S,
     MAX_RETRY_S,
     REPUBLISH_S,
@@ -15,7 +15,7 @@ from tensorswarm.p2p.announce_schedule import (
     Appetites,
     Schedule,
 )
-from tensorswarm.p2p.dht_lookup import kad_id
+from tensorswarm.p2p.dht.lookup import kad_id
 from tensorswarm.store.cid import dht_key
 
 HOUR_S = 3600.0

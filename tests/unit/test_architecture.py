@@ -18,21 +18,16 @@ from tests.support.architecture import Project
 ROOT = Path(__file__).resolve().parents[2]
 
 IO_FREE = (
-    "p2p/wire.py",
-    "p2p/swarm.py",
-    "p2p/chunk_map.py",
-    "p2p/membership.py",
-    "p2p/origin_duty.py",
-    "p2p/upload_slots.py",
-    "p2p/source.py",
-    "p2p/announce_schedule.py",
-    "p2p/origin.py",
-    "p2p/provider_table.py",
-    "p2p/http1.py",
-    "p2p/http1_small.py",
-    "p2p/wire_plan.py",
-    "p2p/fair_queue.py",
-    "p2p/patience.py",
+    "p2p/swarm/*.py",
+    "p2p/control/wire.py",
+    "p2p/dht/announce_schedule.py",
+    "p2p/dht/provider_table.py",
+    "p2p/bulk/http1.py",
+    "p2p/bulk/http1_small.py",
+    "p2p/bulk/wire_plan.py",
+    "p2p/origins/origin.py",
+    "p2p/limits/fair_queue.py",
+    "p2p/limits/patience.py",
     "store/cid.py",
     "store/digest.py",
     "store/dtypes.py",
@@ -101,6 +96,12 @@ def complain(complaints: list[str]) -> None:
 
 def test_arrows_go_one_way(project: Project) -> None:
     complain(architecture.wrong_arrows(project))
+
+
+def test_arrows_between_the_rooms_of_p2p_go_one_way(project: Project) -> None:
+    complain(architecture.wrong_rooms(project))
+    rooms = {architecture.room_of(file) for file in project.trees} - {""}
+    assert rooms == architecture.MAY_IMPORT_IN_P2P.keys()
 
 
 def test_imports_are_relative_inside_a_folder_and_absolute_across(project: Project) -> None:
@@ -176,6 +177,16 @@ BROKEN: dict[str, tuple[Rule, dict[str, str], str]] = {
         architecture.wrong_arrows,
         {"store/a.py": "\nfrom tensorswarm.p2p.b import c\n", "p2p/b.py": ""},
         "store/a.py:2: store must not import p2p",
+    ),
+    "a room of p2p imports one above it": (
+        architecture.wrong_rooms,
+        {"p2p/host/a.py": "from ..control.b import c", "p2p/control/b.py": ""},
+        "p2p/host/a.py:1: p2p/host must not import p2p/control",
+    ),
+    "a room of p2p imports what puts the rooms together": (
+        architecture.wrong_rooms,
+        {"p2p/swarm/a.py": "from ..node import b", "p2p/node.py": ""},
+        "p2p/swarm/a.py:1: p2p/swarm must not import p2p/node.py",
     ),
     "store imports a missing part of p2p": (
         architecture.wrong_arrows,

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from libp2p.crypto.ed25519 import create_new_key_pair
 
-from tensorswarm.p2p import bulk_clear
-from tensorswarm.p2p.bulk_client import BulkConnection, Closed, Denied, Unreachable
-from tensorswarm.p2p.bulk_server import BulkServer
-from tensorswarm.p2p.tls import APPLICATION_PROTOCOL, CLEAR_PROTOCOL, BulkIdentity
+from tensorswarm.p2p.bulk import clear as bulk_clear
+from tensorswarm.p2p.bulk.client import BulkConnection, Closed, Denied, Unreachable
+from tensorswarm.p2p.bulk.server import BulkServer
+from tensorswarm.p2p.bulk.tls import APPLICATION_PROTOCOL, CLEAR_PROTOCOL, BulkIdentity
 from tensorswarm.store.digest import CHUNK_SIZE
 from tensorswarm.store.errors import ProtocolError, RemoteError
 from tensorswarm.store.reader import FileReader

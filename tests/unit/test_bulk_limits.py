@@ -8,12 +8,12 @@ from collections import Counter
 
 import pytest
 
-from tensorswarm.p2p.bulk_client import BulkConnection, Busy, Closed, Stalled
-from tensorswarm.p2p.bulk_server import MIN_SHARE_BYTES_PER_S, BulkServer
-from tensorswarm.p2p.patience import Patience
-from tensorswarm.p2p.peer_source import PeerSource
-from tensorswarm.p2p.rates import RateLimiter
-from tensorswarm.p2p.source import Failure, Request, Span
+from tensorswarm.p2p.bulk.client import BulkConnection, Busy, Closed, Stalled
+from tensorswarm.p2p.bulk.peer_source import PeerSource
+from tensorswarm.p2p.bulk.server import MIN_SHARE_BYTES_PER_S, BulkServer
+from tensorswarm.p2p.limits.patience import Patience
+from tensorswarm.p2p.limits.rates import RateLimiter
+from tensorswarm.p2p.swarm.source import Failure, Request, Span
 from tensorswarm.store.digest import CHUNK_SIZE
 from tests.support.bulk_fakes import (
     WAIT_S,
@@ -223,7 +223,7 @@ def test_our_own_limit_holds_and_is_no_stall() -> None:
 def test_the_planner_is_told_when_we_keep_a_source_waiting(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("tensorswarm.p2p.source_desk.HELD_S", 0.0)
+    monkeypatch.setattr("tensorswarm.p2p.bulk.desk.HELD_S", 0.0)
     sink, report = MemorySink(SMALL), RecordingReport()
     with bulk_server(MemoryShelf(SMALL)) as server:
         source = PeerSource(

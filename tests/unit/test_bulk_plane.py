@@ -10,8 +10,8 @@ import threading
 import pytest
 from libp2p.security.tls.certificate import generate_self_signed_cert
 
-from tensorswarm.p2p import bulk_table
-from tensorswarm.p2p.bulk_client import (
+from tensorswarm.p2p.bulk import table as bulk_table
+from tensorswarm.p2p.bulk.client import (
     BulkConnection,
     Busy,
     Closed,
@@ -20,8 +20,8 @@ from tensorswarm.p2p.bulk_client import (
     Stalled,
     Unreachable,
 )
-from tensorswarm.p2p.bulk_server import BulkServer
-from tensorswarm.p2p.http1 import RangeRequest
+from tensorswarm.p2p.bulk.http1 import RangeRequest
+from tensorswarm.p2p.bulk.server import BulkServer
 from tensorswarm.store.digest import CHUNK_SIZE
 from tensorswarm.store.errors import LocalError, ProtocolError
 from tests.support.bulk_fakes import (

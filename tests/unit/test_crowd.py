@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 from collections import Counter
 
-from tensorswarm.p2p.membership import Membership, MembershipLimits
-from tensorswarm.p2p.origin_duty import rank_of
-from tensorswarm.p2p.source import Span
-from tensorswarm.p2p.swarm import Ask, PassOn, Planner, PlannerLimits, SourceKind
-from tensorswarm.p2p.upload_slots import OFFER_S, PASSED_S, UploadSlots
+from tensorswarm.p2p.swarm.membership import Membership, MembershipLimits
+from tensorswarm.p2p.swarm.origin_duty import rank_of
+from tensorswarm.p2p.swarm.planner import Ask, PassOn, Planner, PlannerLimits, SourceKind
+from tensorswarm.p2p.swarm.source import Span
+from tensorswarm.p2p.swarm.upload_slots import OFFER_S, PASSED_S, UploadSlots
 from tensorswarm.store.digest import CHUNK_SIZE
 
 KEY = b"k" * 32

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tensorswarm.p2p.addresses import PeerAddress
-from tensorswarm.p2p.dht_file import MAX_PEERS_KEPT, DhtFile
-from tensorswarm.p2p.provider_table import Changes, ProviderTable
+from tensorswarm.p2p.dht.file import MAX_PEERS_KEPT, DhtFile
+from tensorswarm.p2p.dht.provider_table import Changes, ProviderTable
+from tensorswarm.p2p.host.addresses import PeerAddress
 from tensorswarm.store.errors import LocalError
 
 
@@ -76,8 +76,8 @@ def test_a_folder_that_cannot_be_written_is_our_own_error(tmp_path: Path) -> Non
 WRITER = """
 import sys
 from pathlib import Path
-from tensorswarm.p2p.dht_file import DhtFile
-from tensorswarm.p2p.provider_table import Changes
+from tensorswarm.p2p.dht.file import DhtFile
+from tensorswarm.p2p.dht.provider_table import Changes
 file = DhtFile(Path(sys.argv[1]))
 for number in range(10**9):
     batch = {(b"%d.%d" % (number, part), b"peer"): 1.0 for part in range(100)}

@@ -7,8 +7,7 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tensorswarm.p2p.addresses import peer_id_text
-from tensorswarm.p2p.dht_lookup import (
+from tensorswarm.p2p.dht.lookup import (
     MAX_CANDIDATES,
     K,
     Lookup,
@@ -17,6 +16,7 @@ from tensorswarm.p2p.dht_lookup import (
     kad_id,
     peer_kad_id,
 )
+from tensorswarm.p2p.host.addresses import peer_id_text
 
 
 def peer(number: int) -> str:

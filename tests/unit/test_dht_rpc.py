@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from libp2p.kad_dht.pb.kademlia_pb2 import Message
 from multiaddr import Multiaddr
 
-from tensorswarm.p2p.dht_rpc import (
+from tensorswarm.p2p.dht.rpc import (
     MAX_MESSAGE_BYTES,
     MAX_PEERS_PER_ANSWER,
     Deframer,

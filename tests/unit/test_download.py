@@ -19,13 +19,13 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from tensorswarm.p2p import download as download_module
-from tensorswarm.p2p import wire
-from tensorswarm.p2p.answers import Answers
-from tensorswarm.p2p.bulk_server import BulkServer
+from tensorswarm.p2p.bulk.server import BulkServer
+from tensorswarm.p2p.control import wire
+from tensorswarm.p2p.control.answers import Answers
+from tensorswarm.p2p.control.neighbours import HaveListener, Neighbours
 from tensorswarm.p2p.download import Download
 from tensorswarm.p2p.fetch import one_error
-from tensorswarm.p2p.host import Stream
-from tensorswarm.p2p.neighbours import HaveListener, Neighbours
+from tensorswarm.p2p.host.host import Stream
 from tensorswarm.p2p.results import SourceReport
 from tensorswarm.p2p.routes import Routes
 from tensorswarm.store.digest import chunk_list_of, digest_of

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensorswarm.p2p import http1
-from tensorswarm.p2p.http1 import Answer, ClientExchange, RangeRequest, ServerExchange
+from tensorswarm.p2p.bulk import http1
+from tensorswarm.p2p.bulk.http1 import Answer, ClientExchange, RangeRequest, ServerExchange
 from tensorswarm.store.errors import ProtocolError
 from tests.support.bulk_fakes import content_head
 

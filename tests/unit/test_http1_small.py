@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensorswarm.p2p import http1, http1_small
-from tensorswarm.p2p.bulk_client import BulkConnection, Denied
-from tensorswarm.p2p.http1_small import (
+from tensorswarm.p2p.bulk import http1, http1_small
+from tensorswarm.p2p.bulk.client import BulkConnection, Denied
+from tensorswarm.p2p.bulk.http1_small import (
     MAX_ANSWER_BYTES,
     MAX_SMALL_BYTES,
     MAX_SMALL_OBJECTS,
@@ -18,8 +18,8 @@ from tensorswarm.p2p.http1_small import (
     SmallRequest,
     SmallServerExchange,
 )
-from tensorswarm.p2p.peer_source import PeerSource
-from tensorswarm.p2p.source import Failure, Outcome, Request, Span, WantedObject
+from tensorswarm.p2p.bulk.peer_source import PeerSource
+from tensorswarm.p2p.swarm.source import Failure, Outcome, Request, Span, WantedObject
 from tensorswarm.store.errors import ProtocolError
 from tests.support.bulk_fakes import (
     WAIT_S,

@@ -12,7 +12,7 @@ import pytest
 from libp2p.crypto.rsa import create_new_key_pair as create_rsa_key_pair
 from libp2p.crypto.secp256k1 import create_new_key_pair as create_secp256k1_key_pair
 
-from tensorswarm.p2p.identity import (
+from tensorswarm.p2p.host.identity import (
     KEY_FILE,
     LOCK_FILE,
     IdentityLock,

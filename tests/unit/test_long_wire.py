@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from tensorswarm.p2p.peer_source import PeerSource
-from tensorswarm.p2p.source import Outcome, Request, Span
-from tensorswarm.p2p.wire_plan import (
+from tensorswarm.p2p.bulk.peer_source import PeerSource
+from tensorswarm.p2p.bulk.wire_plan import (
     FAR_S,
     MAX_BYTES_AHEAD,
     MAX_CONNECTIONS,
@@ -13,6 +12,7 @@ from tensorswarm.p2p.wire_plan import (
     Pace,
     connections_for,
 )
+from tensorswarm.p2p.swarm.source import Outcome, Request, Span
 from tensorswarm.store.digest import CHUNK_SIZE
 from tests.support.bulk_fakes import (
     WAIT_S,

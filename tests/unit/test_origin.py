@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensorswarm.p2p.origin import (
+from tensorswarm.p2p.origins.origin import (
     MAX_ORIGIN_URL,
     ContentRange,
     FileRange,
@@ -26,7 +26,7 @@ from tensorswarm.p2p.origin import (
     pieces_of_file,
     pieces_of_span,
 )
-from tensorswarm.p2p.source import Span
+from tensorswarm.p2p.swarm.source import Span
 from tensorswarm.store.digest import CHUNK_SIZE, digest_of
 from tensorswarm.store.errors import BadInput
 from tensorswarm.store.manifest import ManifestBuilder, ObjectRef

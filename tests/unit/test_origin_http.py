@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tensorswarm.p2p.source import Failure
+from tensorswarm.p2p.swarm.source import Failure
 from tests.support import http_origin as faults
 from tests.support.http_origin import HttpOrigin
 from tests.support.origin_world import (

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tensorswarm.p2p.origin_guard import Guard
-from tensorswarm.p2p.origin_source import MAX_QUEUED_REQUESTS, OriginSource
-from tensorswarm.p2p.source import Failure, Outcome, Request, Span
+from tensorswarm.p2p.origins.guard import Guard
+from tensorswarm.p2p.origins.source import MAX_QUEUED_REQUESTS, OriginSource
+from tensorswarm.p2p.swarm.source import Failure, Outcome, Request, Span
 from tensorswarm.store.digest import CHUNK_SIZE, chunk_count, chunk_length
 from tensorswarm.store.errors import BadInput, LocalError, NoRoom
 from tests.support import http_origin as faults

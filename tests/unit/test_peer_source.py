@@ -9,15 +9,15 @@ from collections.abc import Callable
 
 import pytest
 
-from tensorswarm.p2p.bulk_server import BulkServer
-from tensorswarm.p2p.peer_source import (
+from tensorswarm.p2p.bulk.peer_source import (
     MAX_CUTS_IN_VAIN,
     MAX_QUEUED_REQUESTS,
     MAX_RANGES_AHEAD,
     PeerSource,
     TooManyRequests,
 )
-from tensorswarm.p2p.source import Failure, Outcome, Request, Span
+from tensorswarm.p2p.bulk.server import BulkServer
+from tensorswarm.p2p.swarm.source import Failure, Outcome, Request, Span
 from tensorswarm.store.digest import CHUNK_SIZE
 from tensorswarm.store.errors import NoRoom
 from tests.support.bulk_fakes import (

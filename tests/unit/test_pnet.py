@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nacl.secret import SecretBox
 
-from tensorswarm.p2p.pnet import fingerprint, hsalsa20, read_key, write_new_key, xsalsa20
+from tensorswarm.p2p.host.pnet import fingerprint, hsalsa20, read_key, write_new_key, xsalsa20
 from tensorswarm.store.errors import BadInput
 
 

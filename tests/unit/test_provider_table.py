@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from tensorswarm.p2p.provider_table import (
+from tensorswarm.p2p.dht.provider_table import (
     EVICTED_AT_ONCE,
     ProviderTable,
     Record,

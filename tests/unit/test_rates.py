@@ -8,8 +8,8 @@ from collections import Counter
 
 import pytest
 
-from tensorswarm.p2p.fair_queue import BURST_S, MIN_REMEMBERED, FairQueue
-from tensorswarm.p2p.rates import (
+from tensorswarm.p2p.limits.fair_queue import BURST_S, MIN_REMEMBERED, FairQueue
+from tensorswarm.p2p.limits.rates import (
     CATCH_UP_BYTES,
     MAX_BYTES_PER_S,
     MAX_SLICE_BYTES,

@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from tensorswarm.p2p.bulk_client import BulkConnection, Unreachable
-from tensorswarm.p2p.bulk_dial import Race
+from tensorswarm.p2p.bulk.client import BulkConnection, Unreachable
+from tensorswarm.p2p.bulk.dial import Race
 from tensorswarm.p2p.routes import bulk_candidates, bulk_told
 from tests.support.bulk_fakes import WAIT_S, MemoryShelf, bulk_server, identity
 

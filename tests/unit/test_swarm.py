@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tensorswarm.p2p.source import Failure
-from tensorswarm.p2p.swarm import Drop, PlannerLimits, SourceKind
+from tensorswarm.p2p.swarm.planner import Drop, PlannerLimits, SourceKind
+from tensorswarm.p2p.swarm.source import Failure
 from tensorswarm.store.digest import CHUNK_SIZE
 from tensorswarm.store.errors import BadInput
 from tests.support.swarm_driver import Driver, chunks_of

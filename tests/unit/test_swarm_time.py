@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import pytest
 
-from tensorswarm.p2p.source import Failure, Request
-from tensorswarm.p2p.swarm import Cancel, SourceKind
+from tensorswarm.p2p.swarm.planner import Cancel, SourceKind
+from tensorswarm.p2p.swarm.source import Failure, Request
 from tests.support.swarm_driver import Driver, chunks_of
 from tests.support.swarm_world import MIB, SimulatedSource, SwarmWorld
 

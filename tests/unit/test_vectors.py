@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from multiaddr import Multiaddr
 
-from tensorswarm.p2p import dht_rpc, wire
-from tensorswarm.p2p.addresses import peer_id_bytes, peer_id_text
-from tensorswarm.p2p.dht_lookup import kad_id, peer_kad_id
-from tensorswarm.p2p.http1 import Answer, ClientExchange, RangeRequest, ServerExchange
+from tensorswarm.p2p.bulk.http1 import Answer, ClientExchange, RangeRequest, ServerExchange
+from tensorswarm.p2p.control import wire
+from tensorswarm.p2p.dht import rpc as dht_rpc
+from tensorswarm.p2p.dht.lookup import kad_id, peer_kad_id
+from tensorswarm.p2p.host.addresses import peer_id_bytes, peer_id_text
 from tensorswarm.store.cid import dht_key
 from tensorswarm.store.errors import ProtocolError
 

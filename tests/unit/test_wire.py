@@ -12,7 +12,7 @@ from typing import Any
 import msgpack
 import pytest
 
-from tensorswarm.p2p import wire, wire_limits
+from tensorswarm.p2p.control import wire, wire_limits
 from tensorswarm.store.errors import BadInput, ProtocolError
 
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,4 @@
+"""The control plane: the protocol ``/tensorswarm/1``, its neighbours, and who may have what.
+
+Imports `host`.
+"""

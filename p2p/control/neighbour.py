@@ -1,0 +1,377 @@
+"""One neighbour: a peer with whom a control stream is open.
+
+`Neighbour` is the thin shell round `wire`: it reads frames, lets `Conversation`
+judge their order, hands answers to whoever asked, and answers requests one at a
+time from a bounded queue, so that no neighbour makes us do two things at once.
+
+Every wait has a deadline. A violation ends the stream with a bye and the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Protocol
+
+import trio
+
+from tensorswarm.store.digest import digest_of
+from tensorswarm.store.errors import BadInput, NoSource, ProtocolError, Refused, RemoteError
+
+from ..host.host import Stream
+from . import wire, wire_limits
+from .answers import Answers
+
+SEND_TIMEOUT_S = 20.0
+"""Time for one frame to leave, in seconds: 1 MiB in that time is 0.4 Mbit/s."""
+
+MAX_QUEUED_REQUESTS = 32
+"""A neighbour's requests that wait for their answer; more are refused as too many."""
+
+MAX_PARALLEL_ASKS = 16
+"""Our own requests open at one neighbour; others wait their turn."""
+
+ANSWER_QUEUE_FRAMES = 8
+"""Frames of an answer that wait for the asker before reading stops."""
+
+
+class Owner(Protocol):
+    """Who keeps the neighbours: hears of news, and knows other peers."""
+
+    def on_have(self, peer_id: str, entries: Sequence[wire.HaveEntry]) -> None:
+        """Note what a neighbour says it holds, answered or unasked."""
+        ...
+
+    def peers_for(self, digest: bytes, asker: str) -> list[wire.PeerEntry]:
+        """Return peers that hold or want an object (any peers, for an empty digest)."""
+        ...
+
+
+class Neighbour:
+    """A peer and the control stream to it.
+
+    Attributes
+    ----------
+    peer_id : str
+        Who it is, proved by the stream's connection.
+    hello : wire.Hello
+        What it said of itself; set by `greet`.
+    interests : set of bytes
+        Digests it asked about and wants to hear news of.
+    """
+
+    def __init__(self, peer_id: str, stream: Stream, answers: Answers, owner: Owner) -> None:
+        self.peer_id = peer_id
+        self.hello = wire.Hello(1, "", (), (), ())
+        self.interests: set[bytes] = set()
+        self._stream = stream
+        self._answers = answers
+        self._owner = owner
+        self._conversation = wire.Conversation()
+        self._reader = wire.FrameReader()
+        self._send_lock = trio.Lock()
+        self._asks = trio.CapacityLimiter(MAX_PARALLEL_ASKS)
+        self._waiting: dict[int, trio.MemorySendChannel[wire.Answer]] = {}
+        self._requests_in, self._requests_out = trio.open_memory_channel[wire.Request](
+            MAX_QUEUED_REQUESTS
+        )
+        self._closed = trio.Event()
+
+    # ---- the life of the stream
+
+    async def greet(self, hello: wire.Hello) -> None:
+        """Exchange hellos.
+
+        Raises
+        ------
+        RemoteError
+            No proper hello came in time.
+        """
+        try:
+            with trio.fail_after(wire_limits.HELLO_TIMEOUT_S):
+                await self._send(hello)
+                theirs = await self._receive()
+        except trio.TooSlowError as error:
+            raise NoSource(
+                f"peer {self.peer_id} did not say hello within {wire_limits.HELLO_TIMEOUT_S:g} s"
+            ) from error
+        if theirs is None:
+            raise NoSource(f"peer {self.peer_id} closed the stream before it said hello")
+        if isinstance(theirs, wire.Bye):
+            raise NoSource(f"peer {self.peer_id} said goodbye: {theirs.text}")
+        assert isinstance(theirs, wire.Hello)  # the conversation lets nothing else come first
+        self.hello = theirs
+
+    async def run(self) -> None:
+        """Read and answer until the stream ends; returns then, whatever ended it."""
+        reason = wire.Bye(wire_limits.CODE_LEAVING, "")
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._serve)
+                try:
+                    await self._read_all()
+                finally:
+                    nursery.cancel_scope.cancel()
+        except* ProtocolError as group:
+            text = wire_limits.printable(str(group.exceptions[0]), wire_limits.MAX_REASON_CHARS)
+            reason = wire.Bye(wire_limits.CODE_BAD_REQUEST, text)
+        except* RemoteError:
+            pass  # the stream broke; the neighbour is simply gone
+        finally:
+            with trio.CancelScope(shield=True), trio.move_on_after(1):
+                await self.close(reason)
+
+    async def close(self, bye: wire.Bye | None = None) -> None:
+        """End the stream; those who wait for an answer get an error."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        for channel in self._waiting.values():
+            channel.close()
+        if bye is not None:
+            try:
+                with trio.move_on_after(1):
+                    await self._send(bye)
+            except (RemoteError, BadInput):
+                pass  # it is gone already, or was never greeted: nobody to say goodbye to
+        await self._stream.aclose()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the stream has ended."""
+        return self._closed.is_set()
+
+    async def _read_all(self) -> None:
+        while True:
+            message = await self._receive()
+            if message is None or isinstance(message, wire.Bye):
+                return
+            await self._take(message)
+
+    async def _receive(self) -> wire.Message | None:
+        while True:
+            message = self._reader.next_message()
+            if message is not None:
+                if self._conversation.received(message):
+                    return message
+                continue
+            data = await self._stream.receive_some()
+            if not data:
+                return None
+            self._reader.feed(data)
+
+    async def _send(self, message: wire.Message) -> None:
+        async with self._send_lock:
+            if self._closed.is_set() and not isinstance(message, wire.Bye):
+                raise NoSource(f"peer {self.peer_id} has left")
+            self._conversation.sent(message)
+            try:
+                with trio.fail_after(SEND_TIMEOUT_S):
+                    await self._stream.send(wire.encode(message))
+            except trio.TooSlowError as error:
+                raise NoSource(f"peer {self.peer_id} does not take what we send") from error
+
+    # ---- what comes in
+
+    async def _take(self, message: wire.Message) -> None:
+        match message:
+            case wire.Have(request_id=0):
+                self._owner.on_have(self.peer_id, message.entries)
+            case wire.Refusal(request_id=0) | wire.Offer() | wire.Pass() | wire.Unknown():
+                pass
+            case wire.Have() | wire.Blobs() | wire.ChunkListIs() | wire.Peers() | wire.Refusal():
+                channel = self._waiting.get(message.request_id)
+                if channel is not None:
+                    # Who asked may have gone meanwhile; then nobody needs the answer.
+                    with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                        await channel.send(message)
+            case wire.Unwant():
+                self.interests.difference_update(message.digests)
+            case wire.Want() | wire.GetBlobs() | wire.GetChunkList() | wire.GetPeers():
+                try:
+                    self._requests_in.send_nowait(message)
+                except trio.WouldBlock:
+                    await self._send(
+                        wire.Refusal(
+                            message.request_id, wire_limits.CODE_TOO_MANY, "too many requests"
+                        )
+                    )
+            case _:
+                raise ProtocolError("a message that makes no sense here")
+
+    async def _serve(self) -> None:
+        async for request in self._requests_out:
+            match request:
+                case wire.Want():
+                    await self._answer_want(request)
+                case wire.GetBlobs() if await self._refuses([item[0] for item in request.items]):
+                    await self._refuse(request.request_id)
+                case wire.GetChunkList() if await self._refuses([request.digest]):
+                    await self._refuse(request.request_id)
+                case wire.GetBlobs():
+                    frames = self._answers.blob_frames(request)
+                    while (frame := await trio.to_thread.run_sync(next, frames, None)) is not None:
+                        await self._send(frame)
+                case wire.GetChunkList():
+                    await self._send(
+                        await trio.to_thread.run_sync(self._answers.chunk_list, request)
+                    )
+                case wire.GetPeers():
+                    entries = self._owner.peers_for(request.digest, self.peer_id)
+                    await self._send(
+                        wire.Peers(request.request_id, tuple(entries[: wire_limits.MAX_PEERS]))
+                    )
+
+    async def _refuses(self, digests: Sequence[bytes]) -> bool:
+        return await trio.to_thread.run_sync(self._answers.refuses, digests)
+
+    async def _refuse(self, request_id: int) -> None:
+        """Refuse in the same words whether it is missing or not for this peer."""
+        text = "not here, or not for you"
+        await self._send(wire.Refusal(request_id, wire_limits.CODE_NOT_ALLOWED, text))
+
+    async def _answer_want(self, want: wire.Want) -> None:
+        if len(self.interests.union(want.digests)) > wire_limits.MAX_SUBSCRIPTIONS:
+            await self._send(
+                wire.Refusal(want.request_id, wire_limits.CODE_TOO_MANY, "too many subscriptions")
+            )
+            return
+        # Subscribed before the look, so that nothing proved in between is missed.
+        self.interests.update(want.digests)
+        entries = await trio.to_thread.run_sync(self._answers.holdings, want.digests)
+        for frame in wire.fit_have(want.request_id, entries):
+            await self._send(frame)
+
+    # ---- what we ask
+
+    @asynccontextmanager
+    async def _asking(
+        self, make: Callable[[int], wire.Request]
+    ) -> AsyncIterator[Callable[[], AsyncIterator[wire.Answer]]]:
+        """Send a request; gives a function that yields the frames of its answer."""
+        async with self._asks:
+            if self._closed.is_set():
+                raise NoSource(f"peer {self.peer_id} has left")
+            request_id = self._conversation.next_request_id()
+            send, receive = trio.open_memory_channel[wire.Answer](ANSWER_QUEUE_FRAMES)
+            self._waiting[request_id] = send
+            try:
+                await self._send(make(request_id))
+                yield lambda: self._frames(receive)
+            finally:
+                self._conversation.give_up(request_id)
+                del self._waiting[request_id]
+                receive.close()
+
+    async def _frames(
+        self, receive: trio.MemoryReceiveChannel[wire.Answer]
+    ) -> AsyncIterator[wire.Answer]:
+        while True:
+            try:
+                with trio.fail_after(wire_limits.ANSWER_TIMEOUT_S):
+                    frame = await receive.receive()
+            except trio.TooSlowError as error:
+                raise NoSource(f"peer {self.peer_id} did not answer in time") from error
+            except (trio.EndOfChannel, trio.ClosedResourceError) as error:
+                raise NoSource(f"peer {self.peer_id} left before it answered") from error
+            if isinstance(frame, wire.Refusal) and frame.code == wire_limits.CODE_NOT_ALLOWED:
+                raise Refused(f"peer {self.peer_id} refused: {frame.text}")
+            if isinstance(frame, wire.Refusal):
+                raise NoSource(f"peer {self.peer_id} refused: {frame.text}")
+            yield frame
+            if not isinstance(frame, wire.Have | wire.Blobs) or frame.last:
+                return
+
+    async def want(self, digests: Collection[bytes]) -> None:
+        """Ask what the neighbour holds of `digests`, now and later.
+
+        The answers go to the owner's `on_have`, as the news do.
+        """
+        wanted = list(digests)
+        for start in range(0, len(wanted), wire_limits.MAX_WANT_DIGESTS):
+            part = tuple(wanted[start : start + wire_limits.MAX_WANT_DIGESTS])
+            async with self._asking(lambda i, part=part: wire.Want(i, part)) as frames:  # type: ignore[misc]
+                async for frame in frames():
+                    assert isinstance(frame, wire.Have)
+                    self._owner.on_have(self.peer_id, frame.entries)
+
+    async def unwant(self, digests: Collection[bytes]) -> None:
+        """Ask for no more news of `digests`."""
+        wanted = list(digests)
+        for start in range(0, len(wanted), wire_limits.MAX_WANT_DIGESTS):
+            await self._send(
+                wire.Unwant(tuple(wanted[start : start + wire_limits.MAX_WANT_DIGESTS]))
+            )
+
+    async def tell(self, entries: Sequence[wire.HaveEntry]) -> None:
+        """Tell news of what we hold now."""
+        for frame in wire.fit_have(0, entries):
+            await self._send(frame)
+
+    async def get_blobs(self, limits_bytes: Mapping[bytes, int]) -> dict[bytes, bytes]:
+        """Ask for blobs and verify them.
+
+        Parameters
+        ----------
+        limits_bytes : mapping of bytes to int
+            The digests wanted, and the most bytes taken for each.
+
+        Returns
+        -------
+        dict of bytes to bytes
+            Those the neighbour holds, whole and verified.
+
+        Raises
+        ------
+        ProtocolError
+            A blob was too long, out of order, or not what its digest names.
+        """
+        found: dict[bytes, bytes] = {}
+        wanted = list(limits_bytes)
+        for start in range(0, len(wanted), wire_limits.MAX_BLOB_ITEMS):
+            items = tuple(
+                wire.BlobItem(digest, 0)
+                for digest in wanted[start : start + wire_limits.MAX_BLOB_ITEMS]
+            )
+            async with self._asking(lambda i, items=items: wire.GetBlobs(i, items)) as frames:  # type: ignore[misc]
+                parts: dict[bytes, bytearray] = {}
+                async for frame in frames():
+                    assert isinstance(frame, wire.Blobs)
+                    for piece in frame.pieces:
+                        self._take_piece(piece, parts, limits_bytes, found)
+        return found
+
+    def _take_piece(
+        self,
+        piece: wire.BlobPiece,
+        parts: dict[bytes, bytearray],
+        limits_bytes: Mapping[bytes, int],
+        found: dict[bytes, bytes],
+    ) -> None:
+        limit = limits_bytes.get(piece.digest)
+        part = parts.setdefault(piece.digest, bytearray())
+        if limit is None or piece.size_bytes > limit or piece.offset != len(part):
+            raise ProtocolError(f"peer {self.peer_id} sent a blob that was not asked for like this")
+        part += piece.data
+        if len(part) == piece.size_bytes:
+            if digest_of(part) != piece.digest:
+                raise ProtocolError(f"peer {self.peer_id} sent a blob that does not match its hash")
+            found[piece.digest] = bytes(parts.pop(piece.digest))
+
+    async def get_chunk_list(self, digest: bytes) -> wire.ChunkListIs | None:
+        """Ask for an object's size and chunk list digest: a hint, not a proof."""
+        async with self._asking(lambda i: wire.GetChunkList(i, digest)) as frames:
+            async for frame in frames():
+                assert isinstance(frame, wire.ChunkListIs)
+                if frame.digest != digest:
+                    raise ProtocolError(f"peer {self.peer_id} answered about another object")
+                return frame if frame.size_bytes >= 0 else None
+        return None
+
+    async def get_peers(self, digest: bytes) -> tuple[wire.PeerEntry, ...]:
+        """Ask for peers that hold or want an object, or for any peers (empty digest)."""
+        async with self._asking(lambda i: wire.GetPeers(i, digest)) as frames:
+            async for frame in frames():
+                assert isinstance(frame, wire.Peers)
+                return frame.entries
+        return ()

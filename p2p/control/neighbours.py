@@ -1,0 +1,214 @@
+"""The table of neighbours: who is here, how they are met, what they told us.
+
+A neighbour is met by dialling it or by being dialled; either way both say hello
+first. The table is bounded, and so is what it remembers of each neighbour. Only
+peers in this table are served on the bulk plane.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import trio
+
+from tensorswarm.store.errors import NoSource, RemoteError
+
+from ..host.addresses import PeerAddress, is_circuit
+from ..host.host import Host, Stream
+from . import wire, wire_limits
+from .answers import Answers
+from .neighbour import Neighbour
+
+MAX_NEIGHBOURS = 200
+"""Neighbours at once. Below the 250 connections at which a py-libp2p hub stops."""
+
+MAX_HELD_DIGESTS = 1 << 17
+"""Objects remembered as held by one neighbour: the largest models have 100,000 tensors."""
+
+MEET_TIMEOUT_S = 5.0
+"""Time to connect and open the stream, in seconds."""
+
+HaveListener = Callable[[str, Sequence[wire.HaveEntry]], None]
+
+
+class Neighbours:
+    """All neighbours of a node.
+
+    Parameters
+    ----------
+    host : Host
+        Opens connections and streams.
+    answers : Answers
+        What neighbours may learn.
+    hello : callable
+        Makes our hello, with the addresses of the moment.
+
+    Attributes
+    ----------
+    joined, left : list of callables
+        Hear of each neighbour, by peer id, as it comes and goes.
+    have_listeners : list of callables
+        Hear what neighbours say they hold.
+    """
+
+    def __init__(self, host: Host, answers: Answers, hello: Callable[[], wire.Hello]) -> None:
+        self._host = host
+        self._answers = answers
+        self._hello = hello
+        self._table: dict[str, Neighbour] = {}
+        self._meeting: dict[str, trio.Lock] = {}
+        self._held: dict[str, set[bytes]] = {}
+        self._nursery: trio.Nursery | None = None
+        self.joined: list[Callable[[str], None]] = []
+        self.left: list[Callable[[str], None]] = []
+        self.have_listeners: list[HaveListener] = []
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Take in neighbours until cancelled."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            self._host.set_handler(wire_limits.PROTOCOL_ID, self._accept)
+            task_status.started()
+            await trio.sleep_forever()
+
+    # ---- who is here
+
+    def get(self, peer_id: str) -> Neighbour | None:
+        """Return a neighbour by its peer id."""
+        return self._table.get(peer_id)
+
+    def all(self) -> list[Neighbour]:
+        """Return all neighbours."""
+        return list(self._table.values())
+
+    def is_neighbour(self, peer_id: str) -> bool:
+        """Tell whether a peer has said hello and is still here (any thread may ask)."""
+        return peer_id in self._table
+
+    def seen_at(self, peer_id: str) -> str | None:
+        """Return the IP address a connected peer is seen at."""
+        return self._host.remote_host(peer_id)
+
+    # ---- meeting
+
+    async def meet(self, peer: PeerAddress, timeout_s: float = MEET_TIMEOUT_S) -> Neighbour:
+        """Return the neighbour, connecting and saying hello if it is not one yet.
+
+        Raises
+        ------
+        RemoteError
+            It cannot be reached, or does not speak our protocol.
+        """
+        known = self._table.get(peer.peer_id)
+        if known is not None:
+            return known
+        if peer.peer_id == self._host.peer_id:
+            raise NoSource("that is this node's own address")
+        lock = self._meeting.setdefault(peer.peer_id, trio.Lock())
+        try:
+            with trio.fail_after(timeout_s):
+                async with lock:
+                    return self._table.get(peer.peer_id) or await self._dial(peer, timeout_s)
+        except trio.TooSlowError as error:
+            raise NoSource(f"peer {peer.peer_id} did not answer within {timeout_s:g} s") from error
+        finally:
+            if not lock.statistics().tasks_waiting and not lock.locked():
+                self._meeting.pop(peer.peer_id, None)
+
+    async def _dial(self, peer: PeerAddress, timeout_s: float) -> Neighbour:
+        if len(self._table) >= MAX_NEIGHBOURS:
+            raise NoSource(f"{MAX_NEIGHBOURS} neighbours already")
+        if peer.peer_id not in self._host.connected():
+            await self._host.connect_peer(peer, timeout_s)
+        stream = await self._host.open_stream(peer.peer_id, wire_limits.PROTOCOL_ID, timeout_s)
+        neighbour = Neighbour(peer.peer_id, stream, self._answers.to(peer.peer_id), self)
+        try:
+            await neighbour.greet(self._hello())
+        except BaseException:
+            with trio.CancelScope(shield=True), trio.move_on_after(1):
+                await neighbour.close()
+            raise
+        assert self._nursery is not None, "meet() before run()"
+        self._add(neighbour)
+        self._nursery.start_soon(self._keep, neighbour)
+        return neighbour
+
+    async def _accept(self, peer_id: str, stream: Stream) -> None:
+        neighbour = Neighbour(peer_id, stream, self._answers.to(peer_id), self)
+        try:
+            await neighbour.greet(self._hello())
+        except RemoteError:
+            await neighbour.close()
+            return
+        if len(self._table) >= MAX_NEIGHBOURS and peer_id not in self._table:
+            await neighbour.close(wire.Bye(wire_limits.CODE_TOO_MANY, "too many neighbours"))
+            return
+        self._add(neighbour)
+        await self._keep(neighbour)
+
+    def _add(self, neighbour: Neighbour) -> None:
+        peer_id = neighbour.peer_id
+        is_new = peer_id not in self._table
+        # Both may dial at once: the later stream is used, the earlier is answered until it ends.
+        self._table[peer_id] = neighbour
+        self._held.setdefault(peer_id, set())
+        if is_new:
+            for listener in list(self.joined):
+                listener(peer_id)
+
+    async def _keep(self, neighbour: Neighbour) -> None:
+        try:
+            await neighbour.run()
+        finally:
+            if self._table.get(neighbour.peer_id) is neighbour:
+                del self._table[neighbour.peer_id]
+                self._held.pop(neighbour.peer_id, None)
+                for listener in list(self.left):
+                    listener(neighbour.peer_id)
+
+    # ---- what neighbours say, and what we tell them (the Owner of each Neighbour)
+
+    def on_have(self, peer_id: str, entries: Sequence[wire.HaveEntry]) -> None:
+        """Remember who holds what, and pass it on."""
+        held = self._held.get(peer_id)
+        if held is not None and len(held) + len(entries) <= MAX_HELD_DIGESTS:
+            held.update(entry.digest for entry in entries)
+        for listener in list(self.have_listeners):
+            listener(peer_id, entries)
+
+    def peers_for(self, digest: bytes, asker: str) -> list[wire.PeerEntry]:
+        """Return neighbours that hold or want an object; any, for an empty digest."""
+        if digest and not self._answers.to(asker).may_have(digest):
+            return []
+        return [
+            wire.PeerEntry(peer_id, self._addrs_of(neighbour)[: wire_limits.MAX_PEER_ADDRS])
+            for peer_id, neighbour in self._table.items()
+            if peer_id != asker
+            and neighbour.hello.addrs
+            and (
+                not digest or digest in neighbour.interests or digest in self._held.get(peer_id, ())
+            )
+        ]
+
+    def _addrs_of(self, neighbour: Neighbour) -> tuple[str, ...]:
+        """Return where a neighbour says it is: a relay it found since hello comes first."""
+        known = self._host.addrs_of(neighbour.peer_id)
+        circuits = [addr for addr in known if is_circuit(addr)]
+        return tuple(dict.fromkeys((*circuits, *neighbour.hello.addrs)))
+
+    async def tell(self, entries: Iterable[wire.HaveEntry]) -> None:
+        """Tell every neighbour the news it asked to hear."""
+        news = list(entries)
+        for neighbour in self.all():
+            may_have = self._answers.to(neighbour.peer_id).may_have
+            wanted = [
+                entry
+                for entry in news
+                if entry.digest in neighbour.interests and may_have(entry.digest)
+            ]
+            if not wanted:
+                continue
+            try:
+                await neighbour.tell(wanted)
+            except RemoteError:
+                await neighbour.close()

@@ -1,0 +1,433 @@
+"""Finding peers through the DHT: who provides a digest, and that we do.
+
+Purpose
+-------
+`Discovery` is the node's view of the Kademlia DHT: bootstrap into it, announce
+digests, find providers, and (as a server) keep records and answer questions for
+others. The DHT key of a digest is its multihash (`store.cid.dht_key`).
+
+Rules
+-----
+- Look-ups ask the network. They are never answered from our own announcements or
+  from what an earlier look-up found; records that other peers left with us count,
+  as they would at any node.
+- A node is asked with a deadline of `PEER_TIMEOUT_S`; one that fails is left alone
+  for `DEAD_S`.
+- Only addresses that `addresses.believable` leaves are ever dialled or passed on.
+- What an answer says is a hint: nobody named in it is believed to hold anything.
+
+The parts: `dht.lookup` (whom to ask), `dht.rpc` (how), `dht.publish` (announcing),
+`dht.server` (answering).
+
+What it does not do: decide what is announced, or connect to providers.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import trio
+from libp2p.kad_dht.pb.kademlia_pb2 import Message
+from libp2p.peer.id import ID
+from libp2p.peer.peerinfo import PeerInfo
+from multiaddr import Multiaddr
+
+from tensorswarm.store.cid import dht_key
+from tensorswarm.store.errors import RemoteError, TensorswarmError
+
+from ..host.addresses import PeerAddress
+from ..host.host import Host
+from .file import DhtFile
+from .lookup import ALPHA, Lookup
+from .publish import Announcement, Publisher
+from .rpc import KAD_PROTOCOL, Question, find_node, get_providers, peers_in
+from .server import GuardedDht
+from .streams import DhtStreams
+
+__all__ = ["Announcement", "Bootstrapped", "Discovery", "Provider"]
+
+log = logging.getLogger(__name__)
+
+PEER_TIMEOUT_S = 5.0
+"""Time for one node to answer one question, connecting included, in seconds."""
+
+BOOTSTRAP_TIMEOUT_S = 10.0
+"""Time to connect to a bootstrap peer, in seconds."""
+
+LOOKUP_TIMEOUT_S = 30.0
+"""Time for a look-up of nodes, in seconds."""
+
+MAX_PARALLEL_BOOTSTRAPS = 16
+"""Bootstrap peers connected to at once."""
+
+DEAD_S = 60.0
+"""How long a node that did not answer is left alone, in seconds."""
+
+MAX_DEAD = 1_000
+"""Nodes remembered as dead; the oldest are tried again first."""
+
+REFRESH_S = 600.0
+"""How often the routing table is refreshed (specification: 10 minutes), in seconds."""
+
+LEAST_REFRESH_S = 30.0
+"""Shortest time between two such refreshes. A node that was not known before causes one:
+it may belong to a network that did not know of ours."""
+
+DEFAULT_PROVIDERS = 200
+"""Providers a search ends with, unless told otherwise. Far more than the 20 of one
+answer: whoever came first under a key need not be whoever has the bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Provider:
+    """A peer that is said to provide what was looked for.
+
+    Attributes
+    ----------
+    peer_id : str
+        Who.
+    addrs : tuple of str
+        Multiaddrs that may be dialled; empty for a peer that is connected.
+    """
+
+    peer_id: str
+    addrs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Bootstrapped:
+    """What became of bootstrapping.
+
+    Attributes
+    ----------
+    connected : tuple of str
+        The addresses that worked.
+    failed : dict of str to str
+        The others, and why.
+    nodes : int
+        DHT nodes known afterwards.
+    """
+
+    connected: tuple[str, ...]
+    failed: dict[str, str]
+    nodes: int
+
+
+class Discovery:
+    """A node of the DHT.
+
+    Parameters
+    ----------
+    host : Host
+        Ours, running.
+    server : bool
+        Whether to answer others. False for short-lived nodes and those that
+        nobody can reach: they ask only.
+    clock : callable
+        Gives the time in seconds since 1970, for records.
+    rng : random.Random, optional
+        Source of all random choices.
+    file : DhtFile, optional
+        Where records survive the process.
+
+    Attributes
+    ----------
+    searches : int
+        Searches for providers made so far.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        *,
+        server: bool = True,
+        clock: Callable[[], float] = time.time,
+        rng: random.Random | None = None,
+        file: DhtFile | None = None,
+    ) -> None:
+        self._host = host
+        self._dht = GuardedDht(host, server=server, clock=clock, rng=rng, file=file)
+        self._streams = DhtStreams(host)
+        self._dead: dict[str, float] = {}
+        self.searches = 0
+        self._publisher = Publisher(
+            host, self._known_nodes, self._find_nodes, clock=clock, rng=rng, file=file
+        )
+        self._dht.on_node = self._node_has_come
+        self._newcomers = trio.Event()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Keep the routing table fresh and our keys announced, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._publisher.run)
+            task_status.started()
+            while True:
+                await trio.sleep(LEAST_REFRESH_S)
+                with trio.move_on_after(REFRESH_S - LEAST_REFRESH_S):
+                    await self._newcomers.wait()
+                self._newcomers = trio.Event()
+                self._dht.records.expire()
+                await self._dht.records.settle()
+                self._dht.value_store.cleanup_expired()
+                for key in (ID.from_string(self._host.peer_id).to_bytes(), _random_peer_id()):
+                    await self._find_nodes(key)
+
+    def _node_has_come(self, node: str) -> None:
+        self._publisher.node_has_come(node)
+        self._newcomers.set()
+
+    @property
+    def dht(self) -> GuardedDht:
+        """The DHT node behind this, for other uses of the same DHT (names, IPNS)."""
+        return self._dht
+
+    def routing_table_size(self) -> int:
+        """Return the number of nodes in the routing table."""
+        return int(self._dht.get_routing_table_size())
+
+    # ---- joining
+
+    async def bootstrap(
+        self, addresses: Sequence[str], timeout_s: float = BOOTSTRAP_TIMEOUT_S
+    ) -> Bootstrapped:
+        """Join the DHT through peers at known addresses. Never raises for a peer.
+
+        Connects to all of them at once, then looks up our own id, which fills the
+        routing table with the nodes that matter most to us.
+
+        Parameters
+        ----------
+        addresses : sequence of str
+            Multiaddrs with ``/p2p/``.
+        timeout_s : float
+            Time to connect to each, in seconds.
+        """
+        connected: dict[str, str] = {}
+        failed: dict[str, str] = {}
+        limiter = trio.CapacityLimiter(MAX_PARALLEL_BOOTSTRAPS)
+
+        async def join(address: str) -> None:
+            async with limiter:
+                try:
+                    peer_id = await self._host.connect(address, timeout_s)
+                except TensorswarmError as error:
+                    failed[address] = str(error)
+                else:
+                    connected[address] = peer_id
+                    self._dead.pop(peer_id, None)
+
+        async with trio.open_nursery() as nursery:
+            for address in dict.fromkeys(addresses):
+                nursery.start_soon(join, address)
+        own_key = ID.from_string(self._host.peer_id).to_bytes()
+        await self._find_nodes(own_key, connected.values())
+        return Bootstrapped(tuple(connected), failed, len(self._known_nodes()))
+
+    # ---- announcing
+
+    async def announce(self, digests: Sequence[bytes]) -> Announcement:
+        """Announce that we provide these.
+
+        What cannot be confirmed now is announced again by `run`, and so is
+        everything when its records are about to run out.
+
+        Parameters
+        ----------
+        digests : sequence of bytes
+            BLAKE3 digests.
+
+        Returns
+        -------
+        Announcement
+            What another node confirms at once: nothing, when there is no other.
+        """
+        taken = self._publisher.add(digests)
+        for digest in taken:
+            self._dht.records.add_own(dht_key(digest))
+        return await self._publisher.publish(taken)
+
+    def withdraw(self, digests: Iterable[bytes]) -> None:
+        """Stop announcing these; what others keep of them runs out within two days."""
+        gone = list(digests)
+        self._publisher.remove(gone)
+        for digest in gone:
+            self._dht.records.remove_own(dht_key(digest))
+
+    def announce_again(self) -> None:
+        """Announce everything anew, because our addresses have changed."""
+        self._publisher.announce_again()
+
+    async def check_sample(self) -> int:
+        """Look for a sample of what we announced; return how many of it are gone."""
+        return await self._publisher.check_sample()
+
+    def wake(self) -> None:
+        """Look at once whether anything is to be announced: the clock was moved."""
+        self._publisher.wake()
+
+    def statistics(self) -> dict[str, int | float]:
+        """Return counters: nodes known, look-ups made, records kept, keys announced."""
+        return {
+            "nodes": self.routing_table_size(),
+            "searches": self.searches,
+            "questions_asked": self._streams.asked,
+            "streams_opened": self._streams.opened,
+            "records_kept": self._dht.records.size(),
+            **self._publisher.statistics(),
+        }
+
+    # ---- finding
+
+    @asynccontextmanager
+    async def find_providers(
+        self, digest: bytes, *, timeout_s: float, limit: int = DEFAULT_PROVIDERS
+    ) -> AsyncIterator[trio.MemoryReceiveChannel[Provider]]:
+        """Look for peers that provide a digest.
+
+        Parameters
+        ----------
+        digest : bytes
+            What is looked for.
+        timeout_s : float
+            Time for the search, in seconds.
+        limit : int
+            Providers to end with.
+
+        Yields
+        ------
+        trio.MemoryReceiveChannel
+            Gives each `Provider` once, as soon as a node names it, never ourselves;
+            ends with the search. Leaving the block ends the search.
+        """
+        self.searches += 1
+        send, receive = trio.open_memory_channel[Provider](limit)
+        scope = trio.CancelScope()
+        self._host.start_soon(lambda: self._search(dht_key(digest), send, scope, timeout_s, limit))
+        try:
+            yield receive
+        finally:
+            scope.cancel()
+            receive.close()
+
+    async def _search(
+        self,
+        key: bytes,
+        send: trio.MemorySendChannel[Provider],
+        scope: trio.CancelScope,
+        timeout_s: float,
+        limit: int,
+    ) -> None:
+        seen: set[str] = {self._host.peer_id}
+
+        def offer(peers: Iterable[PeerAddress]) -> None:
+            for peer in peers:
+                addrs = peer.addrs or self._host.addrs_of(peer.peer_id)
+                if peer.peer_id in seen or not (addrs or self._host.is_connected(peer.peer_id)):
+                    continue
+                seen.add(peer.peer_id)
+                send.send_nowait(Provider(peer.peer_id, addrs))  # has room for all
+                if len(seen) > limit:
+                    scope.cancel()
+                    return
+
+        def take(node: str, answer: Message) -> None:
+            if not scope.cancel_called:
+                offer(peers_in(answer.providerPeers, self._host.remote_host(node)))
+
+        with send, scope:
+            offer(self._dht.records.others(key))
+            await self._look_up(key, get_providers(key), (), timeout_s, take)
+
+    # ---- looking up
+
+    async def _find_nodes(self, key: bytes, start: Iterable[str] = ()) -> list[str]:
+        """Return the nodes closest to a key, nearest first."""
+        return await self._look_up(key, find_node(key), start, LOOKUP_TIMEOUT_S)
+
+    async def _look_up(
+        self,
+        key: bytes,
+        question: Question,
+        start: Iterable[str],
+        timeout_s: float,
+        on_answer: Callable[[str, Message], None] = lambda _node, _answer: None,
+    ) -> list[str]:
+        lookup = Lookup(key, (*self._known_nodes(), *start), self._host.peer_id)
+        running = 0
+        changed = trio.Event()
+
+        async def query(node: str) -> None:
+            nonlocal running
+            try:
+                answer = await self._ask(node, question)
+            except TensorswarmError as error:
+                log.debug("DHT node %s: %s", node, error)
+                lookup.failed(node)
+            else:
+                lookup.answered(node, self._learn(node, answer))
+                on_answer(node, answer)
+            finally:
+                running -= 1
+                changed.set()
+
+        with trio.move_on_after(timeout_s):
+            async with trio.open_nursery() as nursery:
+                while True:
+                    while running < ALPHA and (node := lookup.next_peer()) is not None:
+                        running += 1
+                        nursery.start_soon(query, node)
+                    if not running:
+                        break
+                    await changed.wait()
+                    changed = trio.Event()
+        return lookup.result()
+
+    async def _ask(self, node: str, question: Question) -> Message:
+        try:
+            answer = await self._streams.ask(node, question, PEER_TIMEOUT_S)
+        except RemoteError:
+            self._dead[node] = trio.current_time()
+            if len(self._dead) > MAX_DEAD:
+                del self._dead[next(iter(self._dead))]
+            self._dht.routing_table.remove_peer(ID.from_string(node))
+            raise
+        self._dead.pop(node, None)
+        addrs = [Multiaddr(addr) for addr in self._host.addrs_of(node)]
+        await self._dht.add_node(PeerInfo(ID.from_string(node), addrs))
+        return answer
+
+    def _learn(self, node: str, answer: Message) -> list[str]:
+        """Remember the addresses of the nodes in an answer; return who may be asked."""
+        closer = []
+        for peer in peers_in(answer.closerPeers, self._host.remote_host(node)):
+            if peer.peer_id == self._host.peer_id or self._is_dead(peer.peer_id):
+                continue
+            if peer.addrs:
+                self._host.add_peer_addrs(peer.peer_id, peer.addrs)
+            elif not self._host.is_connected(peer.peer_id):
+                continue
+            closer.append(peer.peer_id)
+        return closer
+
+    def _is_dead(self, node: str) -> bool:
+        return trio.current_time() - self._dead.get(node, -DEAD_S) < DEAD_S
+
+    def _known_nodes(self) -> list[str]:
+        """Return all DHT nodes known: the routing table, and who is connected."""
+        known = dict.fromkeys(str(peer) for peer in self._dht.routing_table.get_peer_ids())
+        for peer in self._host.connected():
+            if KAD_PROTOCOL in self._host.protocols_of(peer):
+                known[peer] = None
+        alive = [node for node in known if not self._is_dead(node)]
+        return alive or list(known)  # with nobody left, the network may have been ours
+
+
+def _random_peer_id() -> bytes:
+    """Return a peer id that nobody has, to look up somewhere in the key space."""
+    return b"\x12\x20" + secrets.token_bytes(32)

@@ -1,0 +1,563 @@
+"""Announcing on the DHT, and making sure of it.
+
+Purpose
+-------
+Have the nodes closest to each of our keys keep a record that we provide it, and
+count a key as announced only when a node other than ourselves, asked for its
+providers, names us. (py-libp2p's own `provide` says True for 60 keys of which the
+receivers keep 10.)
+
+Rules
+-----
+- Keys are swept in the order of the key space. Where the nodes closest to a key are
+  known, no look-up is made: in a network of at most `K` nodes, never; in larger ones,
+  once per region.
+- One stream per receiving node, kept for all its keys: `KEYS_PER_BATCH` announcements,
+  then the questions to read some of them back, then the next batch. Each key is read
+  back at one node, and at another one if that does not confirm it.
+- A node gets no more than it takes (`announce_schedule.Appetites`). Stock py-libp2p
+  takes ten, then resets the stream; so each node gets the keys in another order.
+- When a key is due again is `announce_schedule.Schedule`'s affair. What has been
+  announced is kept on file, so that a restart does not announce it all again.
+- A node that is new, or was away and may have lost its records, is asked for a sample
+  of those it should keep, and is told all of them again if any is missing.
+- A sample of what is announced is looked for at intervals; what is gone is announced
+  again, and everything if most of it is gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+
+import trio
+from libp2p.kad_dht.pb.kademlia_pb2 import Message
+from libp2p.peer.id import ID
+from multiaddr import Multiaddr
+
+from tensorswarm.store.cid import dht_key
+from tensorswarm.store.errors import LocalError, ProtocolError, RemoteError
+
+from ..host.host import Host
+from .announce_schedule import REPUBLISH_S, STOCK_ALLOWANCE, Appetites, Schedule
+from .file import DhtFile
+from .lookup import K, Regions, closest, kad_id, peer_kad_id
+from .rpc import (
+    ADD_PROVIDER,
+    GET_PROVIDERS,
+    MAX_PEERS_PER_ANSWER,
+    DhtStream,
+    add_provider,
+    dht_stream,
+    get_providers,
+    id_text,
+)
+
+log = logging.getLogger(__name__)
+
+KEYS_PER_BATCH = 500
+"""Keys announced before answers are read: at most 150 KB, which the receiver's window of
+256 KiB takes whole, so that nobody waits for the other while both write."""
+
+KEYS_PER_ROUND = 2_000
+"""Keys announced in one go by the background task, before others get their turn."""
+
+PARALLEL_NODES = 8
+"""Nodes that announcements are sent to at once."""
+
+OPEN_TIMEOUT_S = 5.0
+"""Time to reach a node and open a stream, in seconds."""
+
+PROGRESS_TIMEOUT_S = 10.0
+"""Time for each next answer of a node that is taking announcements, in seconds."""
+
+CHECK_ROUNDS = 3
+"""Nodes at which a key is read back before it counts as not announced."""
+
+WAIT_FOR_NODES_S = 11.0
+"""How often it is looked whether there is any DHT node to tell, in seconds."""
+
+NEWCOMER_PAUSE_S = 2.0
+"""Wait after a node was met before it is told: others often come along with it."""
+
+MAX_NEWCOMERS = 256
+"""Nodes that wait to be told; who does not fit in is told at the next republishing."""
+
+SAMPLE = 16
+"""Keys looked for in one sample."""
+
+SAMPLE_INTERVAL_S = 1800.0
+"""How often a sample of the announced keys is looked for, in seconds."""
+
+KEYS_PER_CHECKPOINT = 500
+"""Keys compared with a node before other tasks get their turn: about 5 ms."""
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """What became of announcing some keys.
+
+    Attributes
+    ----------
+    asked : int
+        How many keys were to be announced, without those too many.
+    confirmed : frozenset of bytes
+        The digests that another node names us as a provider of.
+    nodes : int
+        How many DHT nodes were told.
+    """
+
+    asked: int
+    confirmed: frozenset[bytes]
+    nodes: int = 0
+
+
+@dataclass(slots=True)
+class Counters:
+    """What announcing has cost and come to, since the start.
+
+    Attributes
+    ----------
+    rounds, look_ups : int
+        Sweeps made, and the look-ups that they needed.
+    streams, records_sent, questions_sent : int
+        What was sent.
+    records_echoed : int
+        Announcements that receivers acknowledged.
+    not_taken : int
+        Announcements that receivers had no appetite for.
+    unreachable : int
+        Nodes that could not be told.
+    newcomers_told : int
+        Nodes told because they were new or had lost their records.
+    samples, samples_missing : int
+        Keys looked for afterwards, and those of them that were gone.
+    """
+
+    rounds: int = 0
+    look_ups: int = 0
+    streams: int = 0
+    records_sent: int = 0
+    records_echoed: int = 0
+    questions_sent: int = 0
+    not_taken: int = 0
+    unreachable: int = 0
+    newcomers_told: int = 0
+    samples: int = 0
+    samples_missing: int = 0
+
+
+@dataclass(slots=True)
+class _Receipt:
+    """What one node did with what it was sent."""
+
+    confirmed: set[bytes] = field(default_factory=set)
+    crowded: set[bytes] = field(default_factory=set)
+    checked: set[bytes] = field(default_factory=set)
+    echoes: int = 0
+    is_reached: bool = False
+    is_intact: bool = False
+
+
+@dataclass(slots=True)
+class _Round:
+    """One round of announcements: who is told what, and what came of it.
+
+    Keys are DHT keys here (multihashes), not digests.
+    """
+
+    nodes_of: dict[bytes, list[str]]
+    confirmed: set[bytes] = field(default_factory=set)
+    crowded: set[bytes] = field(default_factory=set)
+    tried: dict[bytes, set[str]] = field(default_factory=dict)
+    unusable: set[str] = field(default_factory=set)
+    not_taken: set[tuple[str, bytes]] = field(default_factory=set)
+
+    def take(self, node: str, keys: Sequence[bytes], receipt: _Receipt) -> None:
+        """Note what a node did."""
+        self.confirmed |= receipt.confirmed
+        self.crowded |= receipt.crowded
+        for key in receipt.checked:
+            self.tried.setdefault(key, set()).add(node)
+        if not receipt.is_intact:
+            # It stopped somewhere after its last echo that we saw.
+            may_have = 2 * max(receipt.echoes, STOCK_ALLOWANCE)
+            self.not_taken.update((node, key) for key in keys[may_have:])
+
+    def next_checks(self) -> dict[str, list[bytes]]:
+        """Return, for each node, the keys to read back there next."""
+        checks: dict[str, list[bytes]] = {}
+        for index, (key, nodes) in enumerate(self.nodes_of.items()):
+            if key in self.confirmed or key in self.crowded:
+                continue
+            left = [
+                node
+                for node in nodes
+                if node not in self.unusable
+                and node not in self.tried.get(key, ())
+                and (node, key) not in self.not_taken
+            ]
+            if left:
+                checks.setdefault(left[index % len(left)], []).append(key)
+        return checks
+
+
+class Publisher:
+    """Keeps our keys announced.
+
+    Parameters
+    ----------
+    host : Host
+        Ours.
+    known_nodes : callable
+        Returns the DHT nodes known at the moment.
+    look_up : callable
+        Finds the nodes closest to a key.
+    clock : callable
+        Gives the time in seconds since 1970.
+    rng : random.Random, optional
+        Source of all random choices.
+    file : DhtFile, optional
+        Where it is kept what has been announced.
+
+    Attributes
+    ----------
+    counters : Counters
+        What it has cost and come to.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        known_nodes: Callable[[], list[str]],
+        look_up: Callable[[bytes], Awaitable[list[str]]],
+        *,
+        clock: Callable[[], float] = time.time,
+        rng: random.Random | None = None,
+        file: DhtFile | None = None,
+    ) -> None:
+        self._host = host
+        self._known_nodes = known_nodes
+        self._look_up = look_up
+        self._clock = clock
+        self._rng = rng or random.Random()
+        self._file = file
+        self._schedule = Schedule()
+        self._appetites = Appetites()
+        self._turn = trio.Lock()
+        self._limiter = trio.CapacityLimiter(PARALLEL_NODES)
+        self._wake = trio.Event()
+        self._newcomers: dict[str, None] = {}
+        self.counters = Counters()
+        if file is not None:
+            self._schedule.restore(file.load_own((host.peer_id, *host.advertised_addrs())))
+
+    def add(self, digests: Iterable[bytes]) -> list[bytes]:
+        """Take digests to be announced; return those taken, each once."""
+        taken = self._schedule.add(self._clock(), digests)
+        self.wake()
+        return taken
+
+    def remove(self, digests: Iterable[bytes]) -> None:
+        """Announce these no more; records of them run out by themselves."""
+        gone = list(digests)
+        self._schedule.remove(gone)
+        if self._file is not None and gone:
+            file = self._file
+            self._host.start_soon(lambda: trio.to_thread.run_sync(file.write_own, {}, gone))
+
+    def node_has_come(self, node: str) -> None:
+        """Tell a node what it should keep, and try unconfirmed keys again soon."""
+        self._schedule.nodes_have_come(self._clock())
+        if len(self._newcomers) < MAX_NEWCOMERS:
+            self._newcomers[node] = None
+        self.wake()
+
+    def announce_again(self) -> None:
+        """Send every record anew: they carry our addresses, and these have changed."""
+        self._schedule.make_due(self._clock(), self._schedule.confirmed())
+        self.wake()
+
+    def wake(self) -> None:
+        """Look at once whether anything is due: the clock or the network has changed."""
+        self._wake.set()
+
+    def statistics(self) -> dict[str, int | float]:
+        """Return counters, and how many keys are in which state."""
+        confirmed = len(self._schedule.confirmed())
+        due = self._schedule.next_due()
+        return {
+            "keys": len(self._schedule),
+            "announced": confirmed,
+            "not_announced": len(self._schedule) - confirmed,
+            "next_due_s": round(max(0.0, due - self._clock()), 1) if due is not None else 0.0,
+            **asdict(self.counters),
+        }
+
+    # ---- what is due
+
+    async def publish(self, digests: Sequence[bytes]) -> Announcement:
+        """Announce digests taken before, unless they are, and schedule what is to follow."""
+        nodes: set[str] = set()
+        in_order = sorted(digests, key=lambda digest: kad_id(dht_key(digest)))
+        for start in range(0, len(in_order), KEYS_PER_ROUND):
+            batch = in_order[start : start + KEYS_PER_ROUND]
+            left = [digest for digest in batch if not self._schedule.is_confirmed(digest)]
+            if left:
+                nodes |= await self._publish_round(left)
+        confirmed = frozenset(filter(self._schedule.is_confirmed, digests))
+        return Announcement(len(digests), confirmed, len(nodes))
+
+    async def _publish_round(self, digests: Sequence[bytes]) -> set[str]:
+        """Announce digests; return the nodes that were told."""
+        async with self._turn:
+            try:
+                done = await self._round([dht_key(digest) for digest in digests])
+            except BaseException:
+                self._schedule.report(self._clock(), digests, set(), set())
+                raise
+            now = self._clock()
+            confirmed = {digest for digest in digests if dht_key(digest) in done.confirmed}
+            crowded = {digest for digest in digests if dht_key(digest) in done.crowded}
+            late = self._schedule.report(now, digests, confirmed, crowded)
+            self.wake()
+            await self._keep(dict.fromkeys(confirmed, now))
+        if late:
+            left = self._schedule.failed()
+            log.info("%d keys are announced that could not be before; %d are left", late, left)
+        return {node for nodes in done.nodes_of.values() for node in nodes} - done.unusable
+
+    async def _keep(self, confirmed: dict[bytes, float]) -> None:
+        if self._file is None or not confirmed:
+            return
+        try:
+            await trio.to_thread.run_sync(self._file.write_own, confirmed, [])
+        except LocalError as error:
+            log.warning("%s", error)
+
+    async def run(self) -> None:
+        """Announce again whatever is due, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._tell_newcomers)
+            nursery.start_soon(self._sample_regularly)
+            while True:
+                self._wake = trio.Event()
+                now = self._clock()
+                pause_s = WAIT_FOR_NODES_S
+                if self._known_nodes():
+                    due = self._schedule.due(now, KEYS_PER_ROUND)
+                    if due:
+                        await self._publish_round(due)
+                        continue
+                    upcoming = self._schedule.next_due()
+                    pause_s = REPUBLISH_S if upcoming is None else max(upcoming - now, 0.01)
+                with trio.move_on_after(pause_s):
+                    await self._wake.wait()
+
+    # ---- making sure
+
+    async def _tell_newcomers(self) -> None:
+        """Tell nodes that are new, or may have lost their records, what they should keep."""
+        while True:
+            await trio.sleep(NEWCOMER_PAUSE_S)
+            newcomers, self._newcomers = self._newcomers, {}
+            for node in newcomers:
+                nodes = self._known_nodes()
+                if node not in nodes:
+                    continue  # it has left again
+                keys = await self._keys_of(node, nodes)
+                if keys and not await self._has_all(node, keys):
+                    async with self._turn:
+                        this = _Round({key: [node] for key in keys})
+                        await self._tell(this, node, keys, [])
+                    self.counters.newcomers_told += 1
+
+    async def _keys_of(self, node: str, nodes: Sequence[str]) -> list[bytes]:
+        """Return those of our announced keys that a node is among the closest to."""
+        ours = [dht_key(digest) for digest in self._schedule.confirmed()]
+        if len(nodes) <= K:
+            return ours
+        places = [peer_kad_id(other) for other in nodes]
+        found = []
+        for start in range(0, len(ours), KEYS_PER_CHECKPOINT):
+            for key in ours[start : start + KEYS_PER_CHECKPOINT]:
+                point = kad_id(key)
+                distance = peer_kad_id(node) ^ point
+                if sum(place ^ point < distance for place in places) < K:
+                    found.append(key)
+            await trio.lowlevel.checkpoint()
+        return found
+
+    async def _has_all(self, node: str, keys: Sequence[bytes]) -> bool:
+        """Ask a node for a sample of keys; tell whether it names us for each."""
+        sample = self._rng.sample(keys, min(SAMPLE, len(keys)))
+        this = _Round({key: [node] for key in sample})
+        await self._tell(this, node, [], sample)
+        return this.confirmed | this.crowded >= set(sample)
+
+    async def _sample_regularly(self) -> None:
+        """Look for a sample of what is announced; announce again what is gone."""
+        while True:
+            await trio.sleep(SAMPLE_INTERVAL_S)
+            await self.check_sample()
+
+    async def check_sample(self) -> int:
+        """Look for a sample of what is announced; return how many of it are gone."""
+        ours = self._schedule.confirmed()
+        sample = self._rng.sample(ours, min(SAMPLE, len(ours)))
+        this = _Round(await self._nodes_for([dht_key(digest) for digest in sample]))
+        await self._read_back(this, CHECK_ROUNDS)
+        known = this.confirmed | this.crowded
+        gone = [digest for digest in sample if dht_key(digest) not in known]
+        self.counters.samples += len(sample)
+        self.counters.samples_missing += len(gone)
+        if gone and self._known_nodes():
+            most_are_gone = 2 * len(gone) > len(sample)
+            log.info("%d of %d announced keys are gone from the DHT", len(gone), len(sample))
+            self._schedule.make_due(self._clock(), ours if most_are_gone else gone)
+            self.wake()
+        return len(gone)
+
+    # ---- one round
+
+    async def _round(self, keys: Sequence[bytes]) -> _Round:
+        this = _Round(await self._nodes_for(keys))
+        self.counters.rounds += 1
+        told: dict[str, list[bytes]] = {}
+        for key, nodes in this.nodes_of.items():
+            for node in nodes:
+                told.setdefault(node, []).append(key)
+        checks = this.next_checks()
+        async with trio.open_nursery() as nursery:
+            for index, (node, its_keys) in enumerate(told.items()):
+                # Another order for each: one that takes only ten takes another ten.
+                start = index * len(its_keys) // len(told)
+                ordered = its_keys[start:] + its_keys[:start]
+                nursery.start_soon(self._tell, this, node, ordered, checks.get(node, []))
+        await self._read_back(this, CHECK_ROUNDS - 1)
+        return this
+
+    async def _read_back(self, this: _Round, rounds: int) -> None:
+        """Ask for keys that nobody has confirmed, each at one more node a round."""
+        for _ in range(rounds):
+            async with trio.open_nursery() as nursery:
+                for node, its_keys in this.next_checks().items():
+                    nursery.start_soon(self._tell, this, node, [], its_keys)
+
+    async def _nodes_for(self, keys: Sequence[bytes]) -> dict[bytes, list[str]]:
+        """Return, for each key, the nodes to keep its record."""
+        nodes = self._known_nodes()
+        if len(nodes) <= K:
+            return dict.fromkeys(keys, nodes) if nodes else {}
+        regions = Regions()
+        found: dict[bytes, list[str]] = {}
+        for key in sorted(keys, key=kad_id):
+            point = kad_id(key)
+            chosen = regions.peers_for(point)
+            if chosen is None:
+                self.counters.look_ups += 1
+                chosen = await self._look_up(key) or closest(point, nodes)
+                regions.learn(point, chosen)
+            found[key] = chosen
+        return found
+
+    async def _tell(
+        self, this: _Round, node: str, keys: Sequence[bytes], checks: Sequence[bytes]
+    ) -> None:
+        """Announce keys to a node and read others back, all on one stream."""
+        now = self._clock()
+        portion = self._appetites.portion(now, node, len(keys))
+        this.not_taken.update((node, key) for key in keys[portion:])
+        self.counters.not_taken += len(keys) - portion
+        keys = keys[:portion]
+        to_check = set(checks) & set(keys) if keys else set(checks)
+        batches = [
+            (batch, [key for key in batch if key in to_check] or batch[-1:])
+            for batch in _batches(keys)
+        ] or [([], batch) for batch in _batches(checks)]
+        if not batches:
+            return
+        receipt = _Receipt()
+        async with self._limiter:
+            try:
+                async with dht_stream(self._host, node, OPEN_TIMEOUT_S) as stream:
+                    self.counters.streams += 1
+                    for batch, questions in batches:
+                        receipt = _Receipt(is_reached=True)
+                        await self._exchange(stream, batch, questions, receipt)
+                        this.take(node, batch, receipt)
+                        batches = batches[1:]
+            except trio.TooSlowError:
+                log.debug("%s takes announcements too slowly", node)
+            except RemoteError as error:
+                log.debug("announcing to %s: %s", node, error)
+        if batches:
+            self._note_failure(this, node, [key for batch, _ in batches for key in batch], receipt)
+        if keys:
+            self._appetites.took(now, node, len(keys), receipt.echoes, not batches)
+
+    def _note_failure(
+        self, this: _Round, node: str, keys: Sequence[bytes], receipt: _Receipt
+    ) -> None:
+        """Note that a node could not be reached, or stopped in the middle."""
+        if not receipt.is_reached:
+            this.unusable.add(node)
+            self.counters.unreachable += 1
+            return
+        receipt.is_intact = False
+        this.take(node, keys, receipt)
+        self.counters.not_taken += max(0, len(keys) - receipt.echoes)
+
+    async def _exchange(
+        self,
+        stream: DhtStream,
+        keys: Sequence[bytes],
+        questions: Sequence[bytes],
+        receipt: _Receipt,
+    ) -> None:
+        """Send one batch, and read back some of its keys.
+
+        The last question is also a fence: its answer shows that all before it was read.
+        """
+        own_id = ID.from_string(self._host.peer_id).to_bytes()
+        addrs = [Multiaddr(addr).to_bytes() for addr in self._host.advertised_addrs()]
+        data = b"".join(add_provider(key, own_id, addrs) for key in keys)
+        data += b"".join(get_providers(key).data for key in questions)
+        self.counters.records_sent += len(keys)
+        self.counters.questions_sent += len(questions)
+        with trio.fail_after(PROGRESS_TIMEOUT_S):
+            await stream.send(data)
+        for key in questions:
+            answer = await self._next_answer(stream, receipt, len(keys))
+            self._note(key, answer, receipt)
+        receipt.is_intact = True
+
+    def _note(self, key: bytes, answer: Message, receipt: _Receipt) -> None:
+        """Note whether an answer names us as a provider."""
+        if answer.key and answer.key != key:
+            raise ProtocolError("a DHT answer about another key")
+        named = {id_text(peer.id) for peer in answer.providerPeers[:MAX_PEERS_PER_ANSWER]}
+        receipt.checked.add(key)
+        if self._host.peer_id in named:
+            receipt.confirmed.add(key)
+        elif len(named) >= K:
+            receipt.crowded.add(key)
+
+    async def _next_answer(self, stream: DhtStream, receipt: _Receipt, announced: int) -> Message:
+        """Return the next answer to a question; count the echoes before it."""
+        while True:
+            with trio.fail_after(PROGRESS_TIMEOUT_S):
+                message = await stream.receive()
+            if message.type == GET_PROVIDERS:
+                return message
+            receipt.echoes += 1
+            self.counters.records_echoed += 1
+            if message.type != ADD_PROVIDER or receipt.echoes > announced:
+                raise ProtocolError("a DHT answer that was not asked for")
+
+
+def _batches(keys: Sequence[bytes]) -> list[Sequence[bytes]]:
+    return [keys[at : at + KEYS_PER_BATCH] for at in range(0, len(keys), KEYS_PER_BATCH)]

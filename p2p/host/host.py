@@ -1,0 +1,593 @@
+"""Our end of the libp2p network: who we are, who is connected, streams between us.
+
+Purpose
+-------
+`Host` is the one place where the node meets py-libp2p: it listens, dials, opens
+streams and hands inbound ones to handlers. Peer ids, addresses and protocol names
+are text; errors are ours. What has to be known of py-libp2p's insides is in
+`host.guard`, what has to be known of its streams in `host.stream`.
+
+Rules
+-----
+- TCP, Noise and yamux only. One connection per peer is enough; a second is not
+  dialled while there is one.
+- Every wait has a deadline; no method hangs on a peer.
+- Dialling tries all addresses of a peer, each a little after the one before, and
+  the first connection made ends the other attempts.
+- A remote's misbehaviour never stops the host: it costs its own connection.
+- Closing takes less than two seconds, whatever the peers do.
+
+What it does not do: find peers (`discovery`), decide whom to be connected to, keep
+connections alive, or measure them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import AsyncExitStack
+from functools import lru_cache
+from types import TracebackType
+
+import trio
+from libp2p.abc import INetConn, INetStream
+from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.crypto.keys import KeyPair
+from libp2p.custom_types import TProtocol
+from libp2p.host.basic_host import BasicHost
+from libp2p.identity.identify_push.identify_push import push_identify_to_peers
+from libp2p.network.stream.net_stream import NetStream
+from libp2p.peer.id import ID
+from libp2p.peer.peerstore import PeerStoreError
+from libp2p.tools.anyio_service.trio_manager import TrioManager
+from multiaddr import Multiaddr
+
+from tensorswarm.store.errors import BadInput, LocalError, NoSource, RemoteError, TensorswarmError
+
+from . import guard as host_guard
+from .addresses import (
+    MAX_ADDRS_PER_PEER,
+    PeerAddress,
+    advertised,
+    is_circuit,
+    parse_listen,
+    parse_peer_address,
+    plain,
+    with_peer_id,
+)
+from .dial import cause_of, interfaces, resolve, usable
+from .stream import Errand, Stream
+
+__all__ = ["Handler", "Host", "Stream"]
+
+log = logging.getLogger(__name__)
+
+MAX_CONNECTIONS = 900
+"""Connections in all: each is an open file, and 1,024 of those is the usual limit."""
+
+CONNECT_TIMEOUT_S = 10.0
+"""Default time to connect to a peer, in seconds."""
+
+DIAL_STAGGER_S = 0.25
+"""Head start of each address over the next (RFC 8305 says 250 ms)."""
+
+CIRCUIT_STAGGER_S = 1.0
+"""Head start of the last direct address over a relay: three slow round trips."""
+
+STREAM_TIMEOUT_S = 10.0
+"""Default time to open a stream, in seconds."""
+
+GOODBYE_S = 0.5
+"""Time to tell peers that a connection ends, in seconds; then it is cut."""
+
+CLOSE_TIMEOUT_S = 1.5
+"""Time for closing the host, in seconds; then whatever is left is cut."""
+
+WATCH_INTERVAL_S = 1.0
+"""How often buffers are measured: a peer at 200 MB/s overshoots by that much."""
+
+MAX_BUFFERED_BYTES = 64 << 20
+"""Received and unread bytes of one connection: four streams with full windows."""
+
+FORGET_INTERVAL_S = 600.0
+"""How often expired peers are forgotten, in seconds."""
+
+Handler = Callable[[str, Stream], Awaitable[None]]
+
+CircuitDialer = Callable[[str, str], Awaitable[None]]
+"""Connects to a peer, the second argument, by a circuit address, the first."""
+
+
+class Host:
+    """A libp2p host. Use as ``async with Host(...) as host``.
+
+    Parameters
+    ----------
+    key_pair : KeyPair, optional
+        The identity; a new one by default.
+    listen : sequence of str
+        Addresses to listen on, as `addresses.parse_listen` reads them. With none,
+        the host can only dial.
+    announce : sequence of str
+        Multiaddrs to tell peers besides those listened on: where a port mapping
+        or a load balancer leads here.
+    max_connections : int
+        Connections in all.
+    network_key : bytes, optional
+        Of the private network to belong to (`pnet`); without it, the public one.
+
+    Raises
+    ------
+    BadInput
+        An address cannot be read, or cannot be listened on.
+
+    Attributes
+    ----------
+    key_pair : KeyPair
+        The identity.
+    peer_id : str
+        Its public name.
+    """
+
+    def __init__(
+        self,
+        key_pair: KeyPair | None = None,
+        listen: Sequence[str] = (),
+        *,
+        announce: Sequence[str] = (),
+        max_connections: int = MAX_CONNECTIONS,
+        network_key: bytes | None = None,
+    ) -> None:
+        self.key_pair = key_pair or create_new_key_pair()
+        self.peer_id = str(ID.from_pubkey(self.key_pair.public_key))
+        self._listen = tuple(dict.fromkeys(parse_listen(text) for text in listen))
+        self._announce = tuple(plain(text) for text in announce)
+        self._told: tuple[str, ...] = ()
+        self._bound: tuple[str, ...] = ()
+        self._nursery: trio.Nursery | None = None
+        self._dials: dict[str, Errand[None]] = {}
+        self._stack = AsyncExitStack()
+        self._scope = trio.CancelScope(shield=True)
+        self._libp2p, self._swarm, self._peerstore = host_guard.build(
+            self.key_pair,
+            max_connections=max_connections,
+            own_addrs=lambda: self._told,
+            network_key=network_key,
+        )
+        self._identified_listeners: list[Callable[[str], None]] = []
+        self._circuits: tuple[str, ...] = ()
+        self._dial_circuit: CircuitDialer | None = None
+        self._peerstore.on_protocols = self._tell_identified
+        self._swarm.register_notifee(host_guard.Watcher(host_guard.set_socket_options))
+
+    # ---- life
+
+    async def __aenter__(self) -> Host:
+        for addr in self._listen:
+            host_guard.check_port(addr)
+        try:
+            outer = await self._stack.enter_async_context(trio.open_nursery())
+            await outer.start(self._run_network)
+            await self._start_listening()
+        except BaseException as error:
+            await self.__aexit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        conns = self._swarm.get_connections()
+        with trio.CancelScope(shield=True):
+            with trio.move_on_after(CLOSE_TIMEOUT_S):
+                await _close_all(conns)
+                await self._libp2p.close()
+            self._cut_what_is_left(conns)
+        self._scope.cancel()
+        if _is_cancellation(error):
+            return await self._stack.__aexit__(kind, error, traceback)
+        # The body's own error, if any: our nurseries have no part in it, and would wrap it.
+        await self._stack.__aexit__(None, None, None)
+        return None
+
+    async def _run_network(self, task_status: trio.TaskStatus[None]) -> None:
+        """Run libp2p and our errands until `__aexit__` ends them.
+
+        Shielded: when everything is cancelled from outside, whoever uses the host is
+        to end first, and its last words are still to be sent.
+        """
+        with self._scope:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                manager = TrioManager(self._swarm)
+                self._swarm._manager = manager
+                nursery.start_soon(manager.run)
+                await manager.wait_started()
+                host_guard.contain(manager)
+                nursery.start_soon(self._watch)
+                task_status.started()
+
+    async def _start_listening(self) -> None:
+        await self._swarm.listen(*(Multiaddr(addr) for addr in self._listen))
+        bound = [str(addr) for addr in self._libp2p.get_transport_addrs()]
+        if len(bound) < len(self._listen):
+            raise BadInput(f"cannot listen on {', '.join(self._listen)}")
+        self._bound = tuple(reached for addr in bound for reached in interfaces(addr))
+        self._tell_addrs()
+
+    def _tell_addrs(self) -> None:
+        direct = (*self._announce, *advertised(self._bound))
+        self._told = tuple(dict.fromkeys((*direct, *self._circuits)))
+
+    def _cut_what_is_left(self, conns: Iterable[INetConn]) -> None:
+        for conn in (*conns, *self._swarm.get_connections()):
+            host_guard.cut(
+                conn
+            )  # libp2p forgets those whose goodbye is stuck, without closing them
+        for listener in self._swarm.listeners.values():
+            nursery = getattr(listener, "_nursery", None)
+            if nursery is not None:  # closing it was cancelled half-way
+                nursery.cancel_scope.cancel()
+
+    # ---- who and where
+
+    def addrs(self) -> tuple[str, ...]:
+        """Return full multiaddrs of this host, ``/p2p/`` included.
+
+        Real ports, also where 0 was asked for. For 0.0.0.0 and ``::``, the addresses
+        of all interfaces, loopback last.
+        """
+        ours = dict.fromkeys((*self._announce, *self._bound, *self._circuits))
+        return tuple(with_peer_id(addr, self.peer_id) for addr in ours)
+
+    def advertised_addrs(self) -> tuple[str, ...]:
+        """Return the multiaddrs that are told to other peers, without ``/p2p/``."""
+        return self._told
+
+    def set_circuits(self, addrs: Sequence[str]) -> bool:
+        """Tell peers at which circuit addresses we can be reached, from now on.
+
+        Connected peers hear of it at once (identify push).
+
+        Returns
+        -------
+        bool
+            Whether that is news.
+        """
+        if tuple(addrs) == self._circuits:
+            return False
+        self._circuits = tuple(addrs)
+        self._tell_addrs()
+        self.start_soon(lambda: push_identify_to_peers(self._libp2p))
+        return True
+
+    def set_circuit_dialer(self, dialer: CircuitDialer) -> None:
+        """Have circuit addresses dialled by `dialer`; without one they cannot be."""
+        self._dial_circuit = dialer
+
+    def connected(self) -> tuple[str, ...]:
+        """Return the ids of all connected peers."""
+        return tuple(
+            str(peer)
+            for peer, conns in self._swarm.connections.items()
+            if any(host_guard.is_live(conn) for conn in conns)
+        )
+
+    def is_connected(self, peer_id: str) -> bool:
+        """Tell whether a peer is connected."""
+        conns = self._swarm.connections.get(_id(peer_id), ())
+        return any(host_guard.is_live(conn) for conn in conns)
+
+    def is_relayed(self, peer_id: str) -> bool:
+        """Tell whether a peer is connected, and through relays only."""
+        conns = self._swarm.connections.get(_id(peer_id), ())
+        live = [conn for conn in conns if host_guard.is_live(conn)]
+        return bool(live) and all(host_guard.socket_of(conn) is None for conn in live)
+
+    def remote_host(self, peer_id: str) -> str | None:
+        """Return the IP address at which we see a peer, None if it is not connected."""
+        return host_guard.remote_host(self._swarm, _id(peer_id))
+
+    def protocols_of(self, peer_id: str) -> frozenset[str]:
+        """Return the protocols a peer says it speaks; empty until it has told us."""
+        try:
+            return frozenset(self._peerstore.get_protocols(_id(peer_id)))
+        except PeerStoreError:
+            return frozenset()
+
+    def on_identified(self, listener: Callable[[str], None]) -> None:
+        """Have `listener` called with a peer's id once `protocols_of` it are known."""
+        self._identified_listeners.append(listener)
+
+    def add_peer_addrs(self, peer_id: str, addrs: Iterable[str]) -> None:
+        """Remember where a peer may be reached.
+
+        Parameters
+        ----------
+        peer_id : str
+            The peer.
+        addrs : iterable of str
+            Multiaddrs that may be dialled: a user's, or what
+            `addresses.believable` left of a peer's claims. Unreadable ones are
+            left out.
+        """
+        self._peerstore.add_checked(_id(peer_id), usable(addrs)[:MAX_ADDRS_PER_PEER])
+
+    def _tell_identified(self, peer_id: ID) -> None:
+        for listener in self._identified_listeners:
+            listener(str(peer_id))
+
+    def addrs_of(self, peer_id: str) -> tuple[str, ...]:
+        """Return where a peer may be reached, as far as we know."""
+        try:
+            return tuple(str(addr) for addr in self._peerstore.addrs(_id(peer_id)))
+        except PeerStoreError:
+            return ()
+
+    @property
+    def libp2p(self) -> BasicHost:
+        """The py-libp2p host, for `discovery` alone."""
+        return self._libp2p
+
+    # ---- connecting
+
+    async def connect(self, address: str, timeout_s: float = CONNECT_TIMEOUT_S) -> str:
+        """Connect to the peer at an address.
+
+        Parameters
+        ----------
+        address : str
+            A multiaddr with ``/p2p/``.
+        timeout_s : float
+            Time for it, in seconds.
+
+        Returns
+        -------
+        str
+            The peer's id.
+
+        Raises
+        ------
+        BadInput
+            The address cannot be read.
+        RemoteError
+            The peer cannot be reached, or another one answers; says why.
+        """
+        peer = parse_peer_address(address)
+        await self.connect_peer(peer, timeout_s)
+        return peer.peer_id
+
+    async def connect_peer(self, peer: PeerAddress, timeout_s: float = CONNECT_TIMEOUT_S) -> None:
+        """Connect to a peer, unless it is connected already.
+
+        The addresses given are tried first, then others that are known. Addresses
+        that came from peers go through `addresses.believable` before. Unreadable
+        ones are left out.
+
+        Raises
+        ------
+        RemoteError
+            It cannot be reached; says why.
+        """
+        if peer.peer_id == self.peer_id:
+            raise NoSource("that is this node's own address")
+        with trio.move_on_after(timeout_s):
+            while not self.is_connected(peer.peer_id):
+                others = self._dials.get(peer.peer_id)
+                if others is None:
+                    await self._start_dial(peer, timeout_s).wait()
+                    return
+                try:
+                    await others.wait()
+                except RemoteError:
+                    continue  # they may not have known our addresses: our own try
+            return
+        raise NoSource(f"cannot reach {peer.peer_id}: no answer within {timeout_s:g} s")
+
+    async def probe(self, addr: str, peer_id: str) -> bool:
+        """Tell whether a peer answers at an address, on a connection made for that alone.
+
+        Wants a deadline of the caller's round it.
+        """
+        try:
+            await host_guard.probe(self._swarm, addr, _id(peer_id))
+        except Exception as error:  # libp2p's layers each have their own kinds
+            log.debug("%s does not answer at %s: %s", peer_id, addr, cause_of(error))
+            return False
+        return True
+
+    async def disconnect(self, peer_id: str) -> None:
+        """End all connections to a peer; its streams end with an error. Never raises."""
+        conns = self._swarm.get_connections(_id(peer_id))
+        errands = [Errand(self._background(), lambda conn=conn: _end(conn)) for conn in conns]  # type: ignore[misc]
+        for errand in errands:
+            await errand.wait()
+
+    def _start_dial(self, peer: PeerAddress, timeout_s: float) -> Errand[None]:
+        addrs = dict.fromkeys((*usable(peer.addrs), *self.addrs_of(peer.peer_id)))
+        chosen = sorted(tuple(addrs)[: 2 * MAX_ADDRS_PER_PEER], key=is_circuit)
+        errand = Errand(
+            self._background(), lambda: self._dial(_id(peer.peer_id), chosen, timeout_s)
+        )
+        self._dials[peer.peer_id] = errand
+        return errand
+
+    async def _dial(self, peer_id: ID, addrs: Sequence[str], timeout_s: float) -> None:
+        failures: list[str] = []
+        connected = trio.CancelScope(deadline=trio.current_time() + timeout_s)
+
+        async def attempt(addr: str, failed: trio.Event) -> None:
+            try:
+                for resolved in await resolve(addr):
+                    await self._dial_one(resolved, peer_id)
+                    self._peerstore.add_checked(peer_id, [addr])
+                    connected.cancel()
+            except Exception as error:  # libp2p's layers each have their own kinds
+                failures.append(f"{addr}: {cause_of(error)}")
+                failed.set()
+
+        try:
+            with connected:
+                async with trio.open_nursery() as nursery:
+                    for addr, following in zip(addrs, (*addrs[1:], ""), strict=False):
+                        failed = trio.Event()
+                        nursery.start_soon(attempt, addr, failed)
+                        is_last_direct = is_circuit(following) and not is_circuit(addr)
+                        with trio.move_on_after(
+                            CIRCUIT_STAGGER_S if is_last_direct else DIAL_STAGGER_S
+                        ):
+                            await failed.wait()
+        finally:
+            self._dials.pop(str(peer_id), None)
+        if self.is_connected(str(peer_id)):
+            return
+        if not addrs:
+            raise NoSource(f"cannot reach {peer_id}: no address of it is known")
+        if connected.cancelled_caught:
+            failures.append(f"no answer within {timeout_s:g} s")
+        raise NoSource(f"cannot reach {peer_id}: {'; '.join(failures[:3])}")
+
+    async def _dial_one(self, addr: str, peer_id: ID) -> None:
+        if not is_circuit(addr):
+            await self._swarm.dial_addr(Multiaddr(addr), peer_id)
+        elif self._dial_circuit is not None:
+            await self._dial_circuit(addr, str(peer_id))
+        else:
+            raise NoSource("this host uses no relays")
+
+    # ---- streams
+
+    async def open_stream(
+        self, peer_id: str, protocol: str, timeout_s: float = STREAM_TIMEOUT_S
+    ) -> Stream:
+        """Open a stream, connecting first if need be. Costs about 5 ms of CPU.
+
+        Raises
+        ------
+        RemoteError
+            The peer cannot be reached, does not speak the protocol, or does not
+            answer in time.
+        """
+        with trio.move_on_after(timeout_s):
+            if not self.is_connected(peer_id):
+                await self.connect_peer(PeerAddress(peer_id, ()), timeout_s)
+            opening = Errand(self._background(), lambda: self._open(peer_id, protocol))
+            try:
+                return await opening.wait()
+            except trio.Cancelled:
+                opening.abandon(Stream.abort)
+                raise
+        raise NoSource(f"{peer_id} did not open a {protocol} stream within {timeout_s:g} s")
+
+    def set_handler(self, protocol: str, handler: Handler) -> None:
+        """Have `handler` called with peer id and stream for each inbound stream.
+
+        The stream is closed when the handler returns. A `RemoteError` that leaves the
+        handler is the peer's fault and only logged; any other error is a bug of ours,
+        logged as such. Neither harms the host.
+        """
+
+        async def handle(net_stream: INetStream) -> None:
+            assert isinstance(net_stream, NetStream)
+            stream = Stream(net_stream, self._background())
+            try:
+                await handler(stream.peer_id, stream)
+            except RemoteError as error:
+                log.debug("%s stream of %s: %s", protocol, stream.peer_id, error)
+                stream.abort()
+            except Exception:
+                log.exception("the handler of %s failed", protocol)
+                stream.abort()
+            except BaseException:  # the connection ended, or the host is closing
+                stream.abort()
+                raise
+            await stream.aclose()
+
+        self._libp2p.set_stream_handler(TProtocol(protocol), handle)
+
+    async def _open(self, peer_id: str, protocol: str) -> Stream:
+        try:
+            net_stream = await self._libp2p.new_stream(_id(peer_id), [TProtocol(protocol)])
+        except Exception as error:  # libp2p's layers each have their own kinds
+            raise NoSource(f"{peer_id} opens no {protocol} stream: {cause_of(error)}") from error
+        assert isinstance(net_stream, NetStream)
+        return Stream(net_stream, self._background())
+
+    def start_soon(self, operation: Callable[[], Awaitable[object]]) -> None:
+        """Run an operation in the background, until it or the host ends.
+
+        An error of ours that leaves it ends it quietly; any other is logged as a bug.
+        """
+
+        async def run() -> None:
+            try:
+                await operation()
+            except TensorswarmError as error:
+                log.debug("in the background: %s", error)
+            except Exception:
+                log.exception("a background operation failed")
+
+        Errand(self._background(), run)
+
+    def _background(self) -> trio.Nursery:
+        if self._nursery is None:
+            raise LocalError("the host is not running")
+        return self._nursery
+
+    # ---- watching
+
+    async def _watch(self) -> None:
+        """Drop peers that flood us, and forget those not heard of."""
+        forget_at = trio.current_time() + FORGET_INTERVAL_S
+        while True:
+            await trio.sleep(WATCH_INTERVAL_S)
+            for conn in self._swarm.get_connections():
+                if host_guard.buffered_bytes(conn) > MAX_BUFFERED_BYTES:
+                    log.warning("dropped %s: it sends more than allowed", conn.muxed_conn.peer_id)
+                    host_guard.cut(conn)
+            if trio.current_time() >= forget_at:
+                forget_at = trio.current_time() + FORGET_INTERVAL_S
+                self._peerstore.forget_expired()
+
+
+def _is_cancellation(error: BaseException | None) -> bool:
+    if isinstance(error, BaseExceptionGroup):
+        return any(_is_cancellation(inner) for inner in error.exceptions)
+    return isinstance(error, trio.Cancelled)
+
+
+@lru_cache(maxsize=4096)
+def _id(peer_id: str) -> ID:
+    """Return libp2p's form of an id; decoding base58 takes 20 µs, so it is remembered."""
+    try:
+        return ID.from_string(peer_id)
+    except ValueError as error:
+        raise BadInput(f"not a peer id: {peer_id[:80]!r}") from error
+
+
+async def _close_quietly(conn: INetConn) -> None:
+    try:
+        await conn.close()
+    except Exception as error:
+        log.debug("closing a connection: %s", error)
+
+
+async def _close_all(conns: Iterable[INetConn]) -> None:
+    """Say goodbye to all peers at once: py-libp2p takes 0.2 s for each in turn."""
+    with trio.move_on_after(GOODBYE_S):
+        async with trio.open_nursery() as nursery:
+            for conn in conns:
+                nursery.start_soon(_close_quietly, conn)
+            for conn in conns:
+                await host_guard.wait_gone(conn)
+            nursery.cancel_scope.cancel()  # only libp2p's own sleeping is left
+
+
+async def _end(conn: INetConn) -> None:
+    with trio.move_on_after(GOODBYE_S) as goodbye:
+        await _close_quietly(conn)
+    if goodbye.cancelled_caught:
+        host_guard.cut(conn)

@@ -1,0 +1,4 @@
+"""Being reachable behind NAT: AutoNAT and circuit relays.
+
+Imports `host` and `limits`.
+"""

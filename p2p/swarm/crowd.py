@@ -1,0 +1,187 @@
+"""Planning while others download the same: what helps the swarm helps us.
+
+A lone downloader asks for long runs, well ahead. Among others that only delays what they
+could pass on. So here requests are a chunk, or a tenth of a second of a fast line; few are
+open at one source; the rarest chunks come first, counted exactly, ties at random; a peer
+that offers uploads is asked when it offers; and an origin is asked for what is our duty
+(`origin_duty`). Copies of what is in flight only when nothing is free any more.
+
+No I/O, no clock.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import NamedTuple
+
+from tensorswarm.store.digest import CHUNK_SIZE
+
+from .chunk_map import ChunkMap
+from .endgame import EndGame
+from .flights import Flights
+from .origin_duty import OriginDuty
+from .picker import Draft, Picker
+from .source_state import SourceState, SteadyRate
+from .types import PlannerLimits, SourceKind
+
+
+class Choice(NamedTuple):
+    """What to do with a source: ask it, or look again later, and pass on its offer."""
+
+    draft: Draft
+    look_at: float = math.inf
+    passed: int | None = None
+
+
+_NOTHING = Draft(0, 0)
+
+
+class Crowd:
+    """The other members of a swarm, and what they change.
+
+    Parameters
+    ----------
+    chunks, picker, flights, endgame
+        The planner's parts.
+    duty : OriginDuty
+        Our part in fetching from origins.
+    limits : PlannerLimits
+        The numbers.
+    """
+
+    def __init__(
+        self,
+        chunks: ChunkMap,
+        picker: Picker,
+        flights: Flights,
+        endgame: EndGame,
+        duty: OriginDuty,
+        limits: PlannerLimits,
+    ) -> None:
+        self._chunks = chunks
+        self._picker = picker
+        self._flights = flights
+        self._endgame = endgame
+        self._duty = duty
+        self._limits = limits
+        self._since = 0.0
+        self._moved_at: float | None = None
+        self._heard_at = 0.0
+        self._proved_chunks = 0
+        self._peer_rate = SteadyRate(limits.duty_memory_s)
+        self._was_last_call = False
+
+    @property
+    def is_here(self) -> bool:
+        """Whether there is anybody else."""
+        return self._duty.is_shared
+
+    def set_members(self, now: float, key: bytes, me: str, others: Collection[str]) -> None:
+        """Note who else is there."""
+        was_here = self.is_here
+        self._duty.set_members(key, me, others)
+        if not was_here:
+            self._since = now
+
+    def proved(self, now: float, kind: SourceKind | None, byte_count: int) -> None:
+        """Note a chunk that was proved, and what sort of source gave it."""
+        self._moved_at = now
+        self._proved_chunks += 1
+        if kind is SourceKind.PEER:
+            self._peer_rate.note(now, byte_count)
+
+    def heard(self, now: float) -> None:
+        """Note that a source has something new for us: the swarm is alive."""
+        self._heard_at = now
+
+    def holders_changed(self) -> None:
+        """Note that chunks have become free, or that a holder has gone."""
+        self._duty.look_again()
+
+    def is_last_call(self) -> bool:
+        """Tell, once, when the last free chunk has been asked for."""
+        is_last_call = not self._chunks.free_bytes
+        is_new = is_last_call and not self._was_last_call
+        self._was_last_call = is_last_call
+        return is_new
+
+    # decisions
+
+    def room_bytes(self, state: SourceState, source_count: int) -> int:
+        """Return how much the next request to a source may hold; 0 for no request."""
+        limits = self._limits
+        if state.makes_offers:
+            most = limits.max_requests_per_source
+        elif source_count >= limits.crowd_sources:
+            most = limits.crowd_requests
+        else:
+            most = limits.min_requests_per_source
+        if len(state.requests) >= most:
+            return 0
+        size_bytes = int((state.rate.bytes_per_s or 0.0) * limits.crowd_queue_s)
+        return max(CHUNK_SIZE, min(size_bytes, limits.max_request_chunks * CHUNK_SIZE))
+
+    def choose(self, now: float, state: SourceState, room_bytes: int) -> Choice:
+        """Choose what to ask a source for."""
+        moved_at = self._moved_at
+        if moved_at is None:  # the first chunk has a long way
+            moved_at = self._since + self._limits.duty_patience_s
+        if state.kind is SourceKind.ORIGIN and not self._is_far_ahead(now, state):
+            return self._of_origin(now, state, room_bytes, moved_at)
+        if state.kind is SourceKind.PEER and state.makes_offers:
+            if state.offers:
+                return self._of_offer(now, state, room_bytes)
+            unasked_at = max(state.offered_at, moved_at) + self._limits.offer_patience_s
+            if now < unasked_at or self._flights.by_position:
+                return Choice(_NOTHING, max(unasked_at, now + self._limits.max_relook_s))
+            state.offered_at = now
+        return self._of_all(now, state, room_bytes)
+
+    def _of_origin(
+        self, now: float, state: SourceState, room_bytes: int, moved_at: float
+    ) -> Choice:
+        turn_at = self._duty.turn_at(max(moved_at, self._heard_at))
+        if now < turn_at:
+            return Choice(_NOTHING, turn_at)
+        draft = self._duty.draft(state, room_bytes)
+        if draft.positions:
+            return Choice(draft)
+        held_at = moved_at + 2 * self._limits.duty_patience_s
+        if now < held_at:
+            return Choice(_NOTHING, held_at)
+        # Peers hold all that is missing, and nothing comes of them.
+        return self._of_all(now, state, CHUNK_SIZE)
+
+    def _of_offer(self, now: float, state: SourceState, room_bytes: int) -> Choice:
+        state.offered_at = now
+        offered = state.offers.pop(0)
+        draft = self._picker.pick_at(state, offered, room_bytes)
+        if not draft.positions:
+            draft = self._scattered(state, room_bytes)
+        if not draft.positions and not self._chunks.free_bytes:
+            draft = self._endgame.draft_copies(now, state, CHUNK_SIZE)
+        if draft.positions:
+            return Choice(draft)
+        return Choice(draft, now, self._chunks.locate(offered)[0])
+
+    def _of_all(self, now: float, state: SourceState, room_bytes: int) -> Choice:
+        draft = self._scattered(state, room_bytes)
+        if draft.positions or self._chunks.free_bytes or not self._flights.by_position:
+            return Choice(draft)  # or nothing, until it holds something that is free
+        limits = self._limits
+        draft = self._endgame.draft_copies(now, state, CHUNK_SIZE)
+        pause_s = state.seconds_guessed(CHUNK_SIZE, limits.max_relook_s)
+        pause_s = min(max(pause_s, limits.min_relook_s), limits.max_relook_s)
+        return Choice(draft, now + pause_s)
+
+    def _scattered(self, state: SourceState, room_bytes: int) -> Draft:
+        by_rarity = self._proved_chunks >= self._limits.random_first_chunks
+        return self._picker.pick_scattered(state, room_bytes, by_rarity=by_rarity)
+
+    def _is_far_ahead(self, now: float, origin: SourceState) -> bool:
+        """Tell whether an origin is so fast that waiting for peers would only lose time."""
+        rate = origin.rate.bytes_per_s
+        if rate is None or now < self._since + self._limits.duty_trial_s:
+            return False
+        return rate > self._limits.duty_gain * self._peer_rate.at(now)

@@ -1,0 +1,180 @@
+"""Who of a swarm fetches which chunk from the origin, decided without a coordinator.
+
+All members of a download that can reach the same origin take each of its bytes once:
+
+1. Members are ranked by a rendezvous hash (Thaler & Ravishankar 1998) of their name and
+   the swarm's key. Everybody who sees the same members sees the same ranks. The first
+   `duty_members` are on duty; the others wait for what these pass on. Few are enough: an
+   origin shares its uplink among those who ask, so with k askers each chunk takes k times
+   as long to arrive and can be passed on that much later.
+2. Each chunk belongs to the member on duty with the highest hash of member and chunk.
+   Members take their own chunks from the front of one order that all share.
+3. A hash alone leaves some with more than others. Whoever has finished its own relieves
+   the others: of what nobody has announced it takes the chunks for which it ranks second,
+   then third, from the end of the order, where the owner comes last; but not the owner's
+   next one, which should be on its way.
+4. What a neighbour has announced is not fetched from the origin any more.
+5. Who gets nothing and hears of nothing new for `duty_patience_s`, and longer the lower
+   it ranks, takes a turn whatever its rank: members that are gone, silent or slow hold up
+   nobody for long. Whose origin is `duty_gain` times as fast as all its peers together
+   asks it freely.
+
+No I/O, no clock. The order and the owners cost the same for a thousand chunks as for a
+million, apart from one pass over the blocks when the members on duty change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from functools import lru_cache
+
+from tensorswarm.store.digest import digest_of
+
+from .chunk_map import BLOCK_CHUNKS, ChunkMap
+from .picker import Draft
+from .source_state import SourceState
+from .types import PlannerLimits
+
+_MASK = (1 << 64) - 1
+
+_MOST_BEHIND = 100  # keeps the power finite; its result has reached its limit long before
+
+
+@lru_cache(maxsize=1 << 14)
+def rank_of(key: bytes, name: str) -> int:
+    """Return the rendezvous hash of a member in a swarm; the highest ranks first."""
+    return int.from_bytes(digest_of(key + name.encode())[:8], "little")
+
+
+def _mix(number: int) -> int:
+    """Scramble 64 bits (the finalizer of splitmix64: Steele, Lea, Flood 2014)."""
+    number = (number ^ number >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+    number = (number ^ number >> 27) * 0x94D049BB133111EB & _MASK
+    return number ^ number >> 31
+
+
+class OriginDuty:
+    """One member's part in fetching from origins.
+
+    Parameters
+    ----------
+    chunks : ChunkMap
+        The download.
+    keys : sequence of bytes
+        What each object is called in the whole swarm: its digest.
+    limits : PlannerLimits
+        The numbers.
+
+    Attributes
+    ----------
+    is_shared : bool
+        Whether there is anybody to share with.
+    rank : int
+        Our own place among the members; 0 is the first.
+    """
+
+    def __init__(self, chunks: ChunkMap, keys: Sequence[bytes], limits: PlannerLimits) -> None:
+        self._chunks = chunks
+        self._keys = [int.from_bytes(key[:8].ljust(8, b"\0"), "little") for key in keys]
+        self._limits = limits
+        self._on_duty: tuple[int, ...] = ()
+        self._me = 0
+        self._front = 0
+        self._back = chunks.block_count
+        self._turn = 1
+        self.is_shared = False
+        self.rank = 0
+
+    def set_members(self, key: bytes, me: str, others: Collection[str]) -> None:
+        """Note the members that can be seen besides us; nobody for no sharing."""
+        self.is_shared = bool(others)
+        self._me = rank_of(key, me)
+        ranked = sorted({self._me, *(rank_of(key, name) for name in others)}, reverse=True)
+        self.rank = ranked.index(self._me)
+        on_duty = ranked[: self._limits.duty_members]
+        if self._me not in on_duty:
+            on_duty.append(self._me)  # for its turns out of patience
+        if tuple(on_duty) != self._on_duty:
+            self._on_duty = tuple(on_duty)
+            self.look_again()
+
+    def turn_at(self, hungry_since: float) -> float:
+        """Return from when we may ask the origin, if nothing comes from anybody before."""
+        limits = self._limits
+        if self.rank < limits.duty_members:
+            return 0.0
+        behind = min(self.rank - limits.duty_members, _MOST_BEHIND)
+        patience_s = limits.duty_patience_s * limits.duty_growth**behind
+        return hungry_since + min(patience_s, limits.duty_longest_s)
+
+    def draft(self, origin: SourceState, room_bytes: int) -> Draft:
+        """Choose what to ask an origin for: our own chunks, then what seems left over."""
+        draft = Draft(room_bytes, self._limits.max_request_spans)
+        while self._front < self._chunks.block_count:
+            if not self._fill(origin, self._front, draft):
+                return draft
+            self._front += 1
+        while not draft.positions and self._turn < len(self._on_duty):
+            while not draft.positions and self._back > 0:
+                self._relieve(origin, self._back - 1, draft)
+                self._back -= not draft.positions
+            if not draft.positions:
+                self._turn += 1
+                self._back = self._chunks.block_count
+        return draft
+
+    def look_again(self) -> None:
+        """Go through everything once more: chunks have become free."""
+        self._front, self._back = 0, self._chunks.block_count
+        self._turn = 1
+
+    def _left(self, origin: SourceState, block: int) -> int:
+        """Return the chunks of a block that nobody has announced."""
+        chunks = self._chunks
+        return chunks.free[block] & origin.held[block] & ~chunks.held_by(block, 1)
+
+    def _fill(self, origin: SourceState, block: int, draft: Draft) -> bool:
+        """Take our own chunks of a block; return whether there is room for more."""
+        left = self._left(origin, block)
+        while left:
+            bit = left & -left
+            left ^= bit
+            position = block * BLOCK_CHUNKS + bit.bit_length() - 1
+            if self._order(position)[0] == self._me and not self._take(position, draft):
+                return False
+        return True
+
+    def _relieve(self, origin: SourceState, block: int, draft: Draft) -> None:
+        """Take the last chunk of a block for which we are next after its owner.
+
+        Not the first of any owner: that one is on its way to it.
+        """
+        left = self._left(origin, block)
+        owners_seen: set[int] = set()
+        ours = -1
+        while left:
+            bit = left & -left
+            left ^= bit
+            position = block * BLOCK_CHUNKS + bit.bit_length() - 1
+            order = self._order(position)
+            if order[0] in owners_seen and order[self._turn] == self._me:
+                ours = position
+            owners_seen.add(order[0])
+        if ours >= 0:
+            self._take(ours, draft)
+
+    def _take(self, position: int, draft: Draft) -> bool:
+        block, offset = divmod(position, BLOCK_CHUNKS)
+        before_bytes = draft.size_bytes
+        if not draft.add(self._chunks, position, 1):
+            return False
+        self._chunks.take(block, 1 << offset, draft.size_bytes - before_bytes)
+        return draft.room_bytes > 0
+
+    def _order(self, position: int) -> list[int]:
+        """Return the members on duty in the order in which a chunk is theirs."""
+        object_index, chunk = self._chunks.locate(position)
+        place = self._keys[object_index] + chunk * 0x9E3779B97F4A7C15
+        return sorted(
+            self._on_duty, key=lambda member: _mix((place ^ member) & _MASK), reverse=True
+        )
