@@ -6,7 +6,6 @@ order. The parts know nothing of each other beyond what this module hands them.
 
 from __future__ import annotations
 
-import gc
 import ipaddress
 import logging
 import os
@@ -180,9 +179,6 @@ class Node:
 
     async def _start(self) -> None:
         stack = self._stack
-        # What the imports made stays for good: hundreds of thousands of objects, which the
-        # collector would walk through each time that many tensors are taken up.
-        gc.freeze()
         if isinstance(self._given_store, Store):
             self.store = self._given_store
         else:

@@ -32,6 +32,11 @@ class Ref(NamedTuple):
     path: Path
 
 
+def is_url(text: str) -> bool:
+    """Tell whether a reference is the URL of a file."""
+    return text.startswith(("http://", "https://"))
+
+
 def parse_ref(text: str) -> Ref:
     """Read a reference.
 

@@ -54,11 +54,6 @@ Fetcher = Callable[[Ref, str], FetchResult]
 """Fetches a model whose manifest and chunk lists are in the store, with an origin."""
 
 
-def is_url(text: str) -> bool:
-    """Tell whether a reference is the URL of a file."""
-    return text.startswith(("http://", "https://"))
-
-
 def fetch_url(
     store: Store, url: str, fetch: Fetcher, progress: Progress = lambda done, total: None
 ) -> FetchResult:

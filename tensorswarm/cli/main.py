@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -31,6 +32,10 @@ from .simulate import simulate
 DEBUG_VARIABLE = "TENSORSWARM_DEBUG"
 
 INTERRUPTED = 130
+
+GC_THRESHOLDS = (50_000, 20, 20)
+"""How seldom the collector of cycles looks: a command makes hundreds of thousands of objects
+that live as long as it does, and hardly any cycles. By default it looks at all 700."""
 
 MAX_BOOTSTRAP_FILE_BYTES = 1 << 20
 """Largest file read for ``--bootstrap @FILE``; an address has under 512 characters."""
@@ -372,6 +377,7 @@ def expand_bootstrap(texts: Sequence[str]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
     given = sys.argv[1:] if arguments is None else list(arguments)
+    gc.set_threshold(*GC_THRESHOLDS)
     try:
         args = build_parser().parse_args(given)
     except UsageError as error:

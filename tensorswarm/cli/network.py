@@ -15,8 +15,7 @@ from tensorswarm.store.errors import BadInput, NoSource
 from tensorswarm.store.store import Store
 
 from ..api import export_result, fetch_into
-from ..refs import Ref, RefKind, parse_ref
-from ..url_fetch import fetch_url, is_url
+from ..refs import Ref, RefKind, is_url, parse_ref
 from .output import Output, human_bytes, human_rate
 
 if TYPE_CHECKING:
@@ -49,6 +48,7 @@ def fetch(args: argparse.Namespace, output: Output) -> int:
                 network=args.network,
             )
             if is_url(args.ref):
+                from ..url_fetch import fetch_url  # brings httpx, which others do without
 
                 def from_url(found: Ref, url: str) -> FetchResult:
                     return bring(found, origins=[url, *args.origin])
