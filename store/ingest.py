@@ -52,10 +52,11 @@ _CHANGED = "changed while it was being read; add it again"
 
 
 class Ingested(NamedTuple):
-    """What `add_paths` did."""
+    """What `add_paths` did, and what a person should hear of it: one line each."""
 
     manifest: Manifest
     new_bytes: int
+    notes: tuple[str, ...] = ()
 
 
 class Source(NamedTuple):
@@ -212,7 +213,7 @@ def add_paths(
     Returns
     -------
     Ingested
-        The manifest, and how many bytes of its objects were new to the store.
+        The manifest, how many bytes of its objects were new to the store, and notes.
 
     Raises
     ------
@@ -227,7 +228,8 @@ def add_paths(
         for _ in range(MAX_ROUNDS):
             manifest = Describing(sources, adding, store.place.temporary().parent).manifest()
             if adding.complete(manifest, name or model_name(paths)):
-                return Ingested(manifest, adding.new_bytes)
+                notes = (f"{_shown(s.path)}: {s.layout.note}" for s in sources if s.layout.note)
+                return Ingested(manifest, adding.new_bytes, tuple(notes))
             adding.begin_anew()
         raise LocalError("the model's tensors are removed from the store while it is added")
     except BaseException:

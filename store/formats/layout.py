@@ -127,6 +127,8 @@ class Layout:
         Tensors whose bytes have to be put together or decoded.
     made : mapping of int to Made
         By offset, the pieces that can be made from held tensors.
+    note : str
+        What a person should hear: why tensors that are in the file are not seen.
     """
 
     format: str
@@ -134,6 +136,7 @@ class Layout:
     tensors: tuple[TensorRange, ...]
     held: tuple[HeldTensor, ...] = ()
     made: Mapping[int, Made] = field(default_factory=dict)
+    note: str = ""
 
 
 def check_layout(layout: Layout, size_bytes: int) -> Layout:

@@ -8,7 +8,9 @@ strided tensors, and tied weights come out as what PyTorch would show (`tile`).
 Names are paths through dicts and lists, joined with dots, so that the entries of a
 ``state_dict`` have their own names. The other files with these endings (older
 checkpoints, which are one long pickle, and ``.bin`` files of other kinds) are kept
-verbatim.
+verbatim. So is a checkpoint with a tensor that no recipe may pick from its storage
+(`recipes` bounds what that may cost in memory): better no tensor of it is seen than one
+less than it has, and its layout's note says which one it was.
 
 Source: PyTorch, ``torch/serialization.py`` (``_save``, ``persistent_id``).
 """
@@ -17,11 +19,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 from ..dtypes import DTYPE_BITS, MAX_DIMENSIONS, tensor_size_bytes
 from ..errors import BadInput
 from ..manifest import MAX_TENSORS
 from ..names import check_tensor_name, quoted
+from ..recipes import MAX_SPREAD_BYTES, MAX_STRIDED_BYTES
 from . import verbatim
 from .layout import Layout, ReadAt, TensorRange, read_exactly
 from .pickle_reader import MAX_PICKLE_BYTES, Tensor, read_pickle
@@ -104,7 +108,24 @@ def parse(size_bytes: int, read_at: ReadAt) -> Layout:
             _place(name, tensor, members.get(f"{prefix}data/{tensor.storage.key}"), plain, strided)
         except BadInput as error:
             raise BadInput(f"tensor {quoted(name)}: {error}") from error
-    return tile(FORMAT, size_bytes, plain, strided)
+    layout = tile(FORMAT, size_bytes, plain, strided)
+    if costly := _too_costly(layout):
+        note = f"kept whole, its tensors are not seen: {quoted(costly)} is not contiguous and large"
+        return replace(verbatim.parse(size_bytes, read_at), note=note)
+    return layout
+
+
+def _too_costly(layout: Layout) -> str:
+    """Return the name of a tensor that no recipe may pick from the file, if there is one."""
+    for held in layout.held:
+        content = held.content
+        source_bytes = sum(extent.size_bytes for extent in content.extents)
+        if content.decode == "strided" and (
+            max(source_bytes, content.size_bytes) > MAX_STRIDED_BYTES
+            or content.size_bytes > max(source_bytes, MAX_SPREAD_BYTES)
+        ):
+            return held.name
+    return ""
 
 
 def _content(member: Member, read_at: ReadAt, limit: int) -> bytes:

@@ -36,10 +36,12 @@ def add(args: argparse.Namespace, output: Output) -> int:
             done += byte_count
             show(done, total)
 
-        manifest, new_bytes = add_paths(
+        manifest, new_bytes, notes = add_paths(
             store, args.paths, copy=not args.no_copy, verbatim=args.verbatim, progress=count
         )
         store.sync()
+    for note in notes:
+        output.note(note)
     document: dict[str, Any] = {
         "model": manifest.model_id,
         "weights": manifest.weights_digest.hex(),

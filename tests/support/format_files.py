@@ -1,8 +1,8 @@
 """Models in every format, written by each format's own public library.
 
 A `Writer` takes numpy arrays by name (BF16 as ``ml_dtypes``) and writes them into a
-folder. TensorFlow.js has no writer in Python that is cheap to install: its two kinds of
-file are written by hand, after its public description.
+folder. What TensorFlow.js itself does not write, shards and quantised weights, is written
+by hand after its public description (`tfjs_library` has what it writes, and reads).
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tests.support.tfjs_library import DTYPES as TFJS_DTYPES
+from tests.support.tfjs_library import write_with_tfjs
 from tests.support.tools import require_module
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -206,7 +208,8 @@ WRITERS = [
     ),
     Writer("onnx", write_onnx, _NUMPY | {"bfloat16"}),
     Writer("onnx-external", write_onnx_external, _NUMPY | {"bfloat16"}),
-    Writer("tfjs", write_tfjs, frozenset({"float32", "int32", "bool", "float16", "uint8"})),
+    Writer("tfjs", write_with_tfjs, TFJS_DTYPES),
+    Writer("tfjs-shards", write_tfjs, frozenset({"float32", "int32", "bool", "float16", "uint8"})),
     Writer(
         "tfjs-small-shards",
         write_tfjs_small_shards,

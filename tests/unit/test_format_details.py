@@ -7,6 +7,7 @@ import fractions
 import json
 import os
 import pickle
+import re
 import struct
 import zipfile
 from pathlib import Path
@@ -16,11 +17,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tensorswarm.store import recipes
 from tensorswarm.store.digest import digest_of
 from tensorswarm.store.dtypes import tensor_size_bytes
 from tensorswarm.store.errors import BadInput
 from tensorswarm.store.export import export_files
-from tensorswarm.store.formats import layout_of
+from tensorswarm.store.formats import layout_of, tile
+from tensorswarm.store.formats import torch_zip as checkpoints
 from tensorswarm.store.ingest import add_paths
 from tensorswarm.store.load import load_tensors
 from tensorswarm.store.manifest import Manifest
@@ -102,6 +105,21 @@ def test_views_in_a_file_that_torch_wrote_once(tmp_path: Path) -> None:
         "scalar": np.array(3.5, np.float32),
     }
     check_file(Path(__file__).parents[1] / "vectors" / "views.pt", arrays, tmp_path)
+
+
+def test_checkpoint_with_a_large_scattered_tensor_is_kept_verbatim(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Better none of its tensors than all but one; limits of bytes instead of a gigabyte."""
+    for module in (recipes, tile, checkpoints):
+        monkeypatch.setattr(module, "MAX_STRIDED_BYTES", 200)
+    path = Path(__file__).parents[1] / "vectors" / "views.pt"
+    check_file(path, {}, tmp_path)
+    with Store(tmp_path / "noted") as store:
+        added = add_paths(store, [path])
+    assert [file.format for file in added.manifest.files] == ["verbatim"]
+    assert len(added.notes) == 1
+    assert re.search(r"views\.pt: kept whole, .*'every other' is not contig", added.notes[0])
 
 
 def test_parts_of_a_fused_weight_are_tensors_of_their_own(tmp_path: Path) -> None:
