@@ -20,6 +20,8 @@ NAMES = (
     "crowd",
     "scale",
     "discovery",
+    "adding",
+    "adopted",
     "swarm",
 )
 """The first is what runs without a name."""

@@ -131,12 +131,13 @@ class Tensorswarm(Contender):
 
     name = "tensorswarm"
     bulk = "tls"
+    add_options: tuple[str, ...] = ()
 
     def prepare(self) -> None:
         """Add the model to a store."""
         self.served = self.work / "store"
-        store = str(self.served)
-        added = run_json(python("tensorswarm", "add", str(self.source), "--store", store, "--json"))
+        where = ("--store", str(self.served), "--json", *self.add_options)
+        added = run_json(python("tensorswarm", "add", str(self.source), *where))
         self._model = added["model"]
 
     def start(self) -> None:

@@ -169,6 +169,8 @@ def stamped(name: str, size_bytes: int, read_at: ReadAt, text: str) -> list[byte
 
 
 def _safetensors_header(size_bytes: int, read_at: ReadAt) -> dict[str, Any]:
+    if size_bytes < LENGTH_BYTES:
+        raise BadInput(f"a safetensors file of {size_bytes} bytes")
     length = int.from_bytes(read_exactly(read_at, 0, LENGTH_BYTES), "little")
     if length > MAX_HEADER_BYTES or LENGTH_BYTES + length > size_bytes:
         raise BadInput(f"a header of {length} bytes")
