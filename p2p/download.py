@@ -40,9 +40,11 @@ from .bulk.sink import (
 from .control import wire
 from .control.neighbours import Neighbours
 from .limits.rates import RateLimiter
+from .news import News
 from .origins.origin import FileRange, display_url
 from .origins.source import OriginSource
 from .results import SourceReport
+from .roster import Roster
 from .routes import Routes, Via
 from .swarm.planner import Ask, Cancel, Drop, Planner, PlannerLimits, SourceKind
 from .swarm.source import Failure, Outcome, SmallOutcome, SourceWorker, Span
@@ -52,6 +54,15 @@ RETRY_BACKOFF_S = (1.0, 3.0, 10.0)
 
 TELL_INTERVAL_S = 0.5
 """How often neighbours hear of newly proved chunks."""
+
+TELL_CROWD_INTERVAL_S = 0.03
+"""The same while others fetch the same: what they do not know of they ask the origin for."""
+
+LAST_NEWS_S = 1.0
+"""Time for the last news of a download, in which everybody has seen the earlier ones."""
+
+ROSTER_INTERVAL_S = 0.1
+"""How often it is looked who else fetches the same, at most."""
 
 TICK_S = 1.0
 """Longest sleep of the loop, so that the time-outs that concern the whole are noticed."""
@@ -127,6 +138,9 @@ class Download:
         first, 0 is normal.
     limiter : RateLimiter, optional
         Holds what is received below a rate.
+    swarm_key : bytes, optional
+        What others subscribe to who fetch the same: the model's digest. With them it
+        shares the origins' bytes; without a key or an origin it shares with nobody.
     """
 
     def __init__(
@@ -140,6 +154,7 @@ class Download:
         on_progress: Callable[[int], None],
         urgency: Mapping[bytes, int],
         limiter: RateLimiter | None = None,
+        swarm_key: bytes = b"",
     ) -> None:
         self._incoming = incoming
         self._index_of = {each.digest: i for i, each in enumerate(incoming)}
@@ -158,12 +173,15 @@ class Download:
                 i: urgency[each.digest] for i, each in enumerate(incoming) if each.digest in urgency
             },
             limits=_planner_limits(limiter),
+            keys=[each.digest for each in incoming],
         )
         self._sources: dict[str, _Source] = {}
         self._refused: dict[str, int] = {}
         self._asked: dict[tuple[str, int], tuple[Span, ...]] = {}
-        self._changed: set[int] = set()
-        self._finishing: set[int] = set()
+        self._news = News(incoming)
+        self._swarm_key = swarm_key
+        self._roster = Roster()
+        self._roster_at = 0.0
         self._moved_at = trio.current_time()
         self._came_bytes = 0  # since it moved
         self.search_is_over = False
@@ -207,6 +225,9 @@ class Download:
                 await self._loop(timeout_s)
                 nursery.cancel_scope.cancel()
             await self._settle()
+            if self._roster.members:  # the last chunks, or others go to the origin for them
+                with trio.move_on_after(LAST_NEWS_S):
+                    await self._neighbours.tell(self._news.take())
         finally:
             self.close()
 
@@ -222,12 +243,24 @@ class Download:
             if self._planner.is_done():
                 return
             self._retry_sources(now)
+            self._look_who_is_here(now)
             for action in self._planner.actions(now):
                 self._act(now, action)
             self._check_stuck(now, timeout_s)
             deadline = self._planner.next_deadline(now)
             with trio.move_on_at(min(deadline or now + TICK_S, now + TICK_S)):
                 await self._events.wait()
+
+    def _look_who_is_here(self, now: float) -> None:
+        """Tell the planner who else fetches the same, when that has changed."""
+        if not (self._origins and self._swarm_key) or now < self._roster_at:
+            return
+        self._roster_at = now + ROSTER_INTERVAL_S
+        failed = {name for name, source in self._sources.items() if source.dropped}
+        wanting = self._neighbours.wanting(self._swarm_key)
+        if self._roster.update(now, wanting, failed):
+            members = self._roster.members
+            self._planner.set_members(now, self._swarm_key, self._neighbours.me, members)
 
     async def _settle(self) -> None:
         """Wait until the whole objects are verified and in the index."""
@@ -279,7 +312,7 @@ class Download:
         if outcome is Outcome.PROVED:
             self._moved_at = now
             self._planner.chunk_proved(now, source, index, chunk, byte_count)
-            self._changed.add(index)
+            self._news.note([index])
             giver = self._sources.get(source)
             if giver is not None:
                 giver.dropped = False  # it was given up and came back, and gives again
@@ -300,7 +333,7 @@ class Download:
             return
         self._moved_at = now
         self._planner.small_proved(now, source, proved)
-        self._changed.update(proved)
+        self._news.note(proved)
         giver = self._sources.get(source)
         if giver is not None:
             giver.dropped = False
@@ -392,6 +425,8 @@ class Download:
                     self._planner.source_lacks(now, peer_id, index)
                 continue
             known = True
+            if index not in source.holds or source.holds[index] != entry.bitmap:
+                self._roster.heard(now, peer_id)
             source.holds[index] = entry.bitmap
             if entry.bitmap is None:
                 whole.append(index)
@@ -507,29 +542,11 @@ class Download:
 
     async def _tell_news(self) -> None:
         while True:
-            await trio.sleep(TELL_INTERVAL_S)
-            entries = self._take_news()
+            in_crowd = bool(self._roster.members)
+            await trio.sleep(TELL_CROWD_INTERVAL_S if in_crowd else TELL_INTERVAL_S)
+            entries = self._news.take()
             if entries:
                 await self._neighbours.tell(entries)
-
-    def _take_news(self) -> list[wire.HaveEntry]:
-        """Return what is new since the last call.
-
-        That an object is whole is news of its own, also to those whom a part by our
-        chunk list does not concern.
-        """
-        changed, self._changed = self._changed, set()
-        whole = {index for index in self._finishing if self._incoming[index].finished.done()}
-        self._finishing -= whole
-        entries = []
-        for index in changed | whole:
-            incoming = self._incoming[index]
-            if incoming.missing_bytes() == 0 and not incoming.finished.done():
-                self._finishing.add(index)
-            entry = _entry(incoming)
-            if entry is not None:
-                entries.append(entry)
-        return entries
 
     def reports(self) -> tuple[list[SourceReport], int]:
         """Return what each source gave, and the bytes received in vain."""
@@ -573,16 +590,3 @@ def _is_of_use(entry: wire.HaveEntry, incoming: Incoming) -> bool:
     if entry.size_bytes != incoming.size_bytes:
         return False
     return entry.bitmap is None or entry.chunk_list == incoming.chunk_list_digest
-
-
-def _entry(incoming: Incoming) -> wire.HaveEntry | None:
-    """Return what to tell of an object; None if the store would not give it out."""
-    if incoming.finished.done():
-        if incoming.finished.exception() is not None:
-            return None
-        return wire.HaveEntry(incoming.digest, incoming.size_bytes, None, b"")
-    if not incoming.is_shown:
-        return None
-    return wire.HaveEntry(
-        incoming.digest, incoming.size_bytes, incoming.proved(), incoming.chunk_list_digest
-    )

@@ -52,6 +52,9 @@ start all get a share before the fastest has given everything."""
 MORE_PEERS_PAUSE_S = 10.0
 """Pause between rounds of the search while a download runs well."""
 
+MEET_OTHERS_PAUSE_S = 1.0
+"""The first such pause when there is an origin: others share it with us once we meet."""
+
 LOOK_INTERVAL_S = 0.5
 """How often it is looked whether something lacks a source, while nothing does."""
 
@@ -365,6 +368,7 @@ class Fetch:
             on_progress=count,
             urgency=self._urgency,
             limiter=services.download_limiter,
+            swarm_key=result.digest,
         )
 
     async def _run(
@@ -420,7 +424,9 @@ class Fetch:
         self, download: Download, keys: Sequence[bytes], digests: Sequence[bytes]
     ) -> None:
         fruitless = 0
-        next_round = trio.current_time() + MORE_PEERS_PAUSE_S
+        # Who begins at the same moment may have asked before we could be told of.
+        pause = MEET_OTHERS_PAUSE_S if self._options.origins else MORE_PEERS_PAUSE_S
+        next_round = trio.current_time() + pause
         while True:
             lacking = sorted(download.lacking(), key=download.missing_bytes_of, reverse=True)
             if lacking:

@@ -81,6 +81,15 @@ class Neighbours:
         """Return all neighbours."""
         return list(self._table.values())
 
+    @property
+    def me(self) -> str:
+        """Our own peer id."""
+        return self._host.peer_id
+
+    def wanting(self, digest: bytes) -> list[str]:
+        """Return the neighbours that want to hear news of an object or a model."""
+        return [peer_id for peer_id, each in self._table.items() if digest in each.interests]
+
     def is_neighbour(self, peer_id: str) -> bool:
         """Tell whether a peer has said hello and is still here (any thread may ask)."""
         return peer_id in self._table

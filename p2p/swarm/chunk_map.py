@@ -314,10 +314,16 @@ class ChunkMap:
         return rarity, candidates
 
     def held_by(self, block: int, at_least: int) -> int:
-        """Return the chunks of a block with at least 1 or at least 2 counted holders."""
-        held = 0
-        for plane in self._planes[block][at_least - 1 :]:
-            held |= plane
+        """Return the chunks of a block with at least so many counted holders.
+
+        Counts are compared with the number bit by bit, the lowest first.
+        """
+        planes = self._planes[block]
+        if at_least >> len(planes):
+            return 0
+        held = FULL_BLOCK
+        for i, plane in enumerate(planes):
+            held = held & plane if at_least >> i & 1 else held | plane
         return held
 
     def unheld_objects(self) -> list[int]:

@@ -25,7 +25,7 @@ million, apart from one pass over the blocks when the members on duty change.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 
 from tensorswarm.store.digest import digest_of
@@ -33,7 +33,7 @@ from tensorswarm.store.digest import digest_of
 from .chunk_map import BLOCK_CHUNKS, ChunkMap
 from .picker import Draft
 from .source_state import SourceState
-from .types import PlannerLimits
+from .types import PlannerLimits, SourceKind
 
 _MASK = (1 << 64) - 1
 
@@ -64,6 +64,8 @@ class OriginDuty:
         What each object is called in the whole swarm: its digest.
     limits : PlannerLimits
         The numbers.
+    sources : mapping of str to SourceState
+        Everybody who can be asked: origins among them have announced nothing.
 
     Attributes
     ----------
@@ -73,8 +75,16 @@ class OriginDuty:
         Our own place among the members; 0 is the first.
     """
 
-    def __init__(self, chunks: ChunkMap, keys: Sequence[bytes], limits: PlannerLimits) -> None:
+    def __init__(
+        self,
+        chunks: ChunkMap,
+        keys: Sequence[bytes],
+        limits: PlannerLimits,
+        sources: Mapping[str, SourceState],
+    ) -> None:
         self._chunks = chunks
+        self._sources = sources
+        self._counted_origins = 0
         self._keys = [int.from_bytes(key[:8].ljust(8, b"\0"), "little") for key in keys]
         self._limits = limits
         self._on_duty: tuple[int, ...] = ()
@@ -110,6 +120,10 @@ class OriginDuty:
     def draft(self, origin: SourceState, room_bytes: int) -> Draft:
         """Choose what to ask an origin for: our own chunks, then what seems left over."""
         draft = Draft(room_bytes, self._limits.max_request_spans)
+        self._counted_origins = sum(
+            state.kind is SourceKind.ORIGIN and not state.holds_all
+            for state in self._sources.values()
+        )
         while self._front < self._chunks.block_count:
             if not self._fill(origin, self._front, draft):
                 return draft
@@ -131,7 +145,8 @@ class OriginDuty:
     def _left(self, origin: SourceState, block: int) -> int:
         """Return the chunks of a block that nobody has announced."""
         chunks = self._chunks
-        return chunks.free[block] & origin.held[block] & ~chunks.held_by(block, 1)
+        announced = chunks.held_by(block, 1 + self._counted_origins)
+        return chunks.free[block] & origin.held[block] & ~announced
 
     def _fill(self, origin: SourceState, block: int, draft: Draft) -> bool:
         """Take our own chunks of a block; return whether there is room for more."""

@@ -133,7 +133,7 @@ class Planner:
             self._picker,
             self._flights,
             self._endgame,
-            OriginDuty(self._chunks, keys, self.limits),
+            OriginDuty(self._chunks, keys, self.limits, self._sources),
             self.limits,
         )
         self._check_at = math.inf
