@@ -135,8 +135,8 @@ class Tensorswarm(Contender):
 
     def prepare(self) -> None:
         """Add the model to a store."""
-        self.served = self.work / "store"
-        where = ("--store", str(self.served), "--json", *self.add_options)
+        self.served = self.store = self.work / "store"
+        where = ("--store", str(self.store), "--json", *self.add_options)
         added = run_json(python("tensorswarm", "add", str(self.source), *where))
         self._model = added["model"]
 
@@ -145,7 +145,7 @@ class Tensorswarm(Contender):
         self.server = Server(
             python(
                 *("tensorswarm", "node", "--listen", "/ip4/127.0.0.1/tcp/0"),
-                *("--store", str(self.served), "--json", "--bulk", self.bulk),
+                *("--store", str(self.store), "--json", "--bulk", self.bulk),
             )
         )
         self._address = json.loads(self.server.first_line)["addrs"][0]
