@@ -57,6 +57,8 @@ def test_random_swarms_with_a_new_seed_each_time(capsys: pytest.CaptureFixture[s
     # Some 20 seconds of chance: as many swarms as fit, whatever the machine.
     seed = random.SystemRandom().randrange(1 << 32)
     dice = random.Random(seed)
+    with capsys.disabled():
+        print(f" random swarms, seed {seed} ", end="")
     until = time.monotonic() + 15.0
     while time.monotonic() < until:
         name = dice.choice(sorted(SMALL.keys() - {"rules"}) + ["liars", "broadcast"])
@@ -69,6 +71,7 @@ def test_random_swarms_with_a_new_seed_each_time(capsys: pytest.CaptureFixture[s
         each = dice.randrange(1 << 32)
         words = " ".join(f"--set {key}={value}" for key, value in settings.items())
         command = f"tensorswarm sim {name} --seed {each} {words}"
-        with capsys.disabled():
-            print(f"\n{command}", end="")
-        assert not scenario.find(name).run(each, settings).failures, command
+        try:
+            assert not scenario.find(name).run(each, settings).failures
+        except Exception as error:
+            raise AssertionError(f"seed {seed}; to see it again: {command}") from error
