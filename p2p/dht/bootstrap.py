@@ -160,6 +160,7 @@ class Bootstrapper:
             attempt = 0 if self._all_are_here() else attempt + 1
             await trio.sleep(PAUSES_S[min(attempt, len(PAUSES_S) - 1)])
             while self._all_are_here():
+                self._note_touch(len(self._bootstraps.peers))  # they may have come to us
                 await trio.sleep(PAUSES_S[0])
 
     def _all_are_here(self) -> bool:
@@ -175,12 +176,17 @@ class Bootstrapper:
         for address, reason in failed.items():
             # Said once: a peer that is down for a day is no news every minute.
             (log.debug if self._is_lost else log.warning)("bootstrap peer %s: %s", address, reason)
-        if not outcome.connected and not self._is_lost:
+        if outcome.connected:
+            self._note_touch(len(outcome.connected))
+        elif not self._is_lost:
             log.warning("none of the bootstrap peers answers; trying again until one does")
-        elif outcome.connected and self._is_lost:
-            log.info("in touch with %d bootstrap peers again", len(outcome.connected))
-        self._is_lost = not outcome.connected
+            self._is_lost = True
         await self._meet_all(peers)
+
+    def _note_touch(self, count: int) -> None:
+        if self._is_lost:
+            log.info("in touch with %d bootstrap peers again", count)
+        self._is_lost = False
 
     # ---- whom we remember
 
