@@ -32,6 +32,9 @@ from urllib.parse import unquote, urlsplit
 MAX_WAIT_S = 60.0
 """Longest wait for a test's event: a test that failed must not leave threads behind."""
 
+LIMITED_SLICE_BYTES = 32 << 10
+"""Bytes sent at once when all connections share a rate."""
+
 
 class Seen(NamedTuple):
     """A request that arrived.
@@ -114,6 +117,13 @@ class HttpOrigin:
         Port; 0 takes a free one.
     tls : ssl.SSLContext or None
         With one, the server speaks HTTPS.
+    bytes_per_s : float or None
+        What it sends of files in all, over all connections; None for no limit.
+
+    Attributes
+    ----------
+    body_bytes_sent : int
+        What it has sent of files.
     """
 
     def __init__(
@@ -123,7 +133,11 @@ class HttpOrigin:
         host: str = "127.0.0.1",
         port: int = 0,
         tls: ssl.SSLContext | None = None,
+        bytes_per_s: float | None = None,
     ) -> None:
+        self.bytes_per_s = bytes_per_s
+        self.body_bytes_sent = 0
+        self._line_free_at_s = 0.0
         self.folder = folder.resolve()
         self.stopping = threading.Event()
         self.connections_accepted = 0
@@ -198,6 +212,17 @@ class HttpOrigin:
             if not faults:
                 return None
             return faults.pop(0) if len(faults) > 1 else faults[0]
+
+    def wait_turn(self, byte_count: int) -> None:
+        """Count bytes that are about to be sent, and wait as long as the line needs."""
+        with self._lock:
+            self.body_bytes_sent += byte_count
+            if self.bytes_per_s is None:
+                return
+            begin_s = max(self._line_free_at_s, time.monotonic())
+            self._line_free_at_s = begin_s + byte_count / self.bytes_per_s
+            wait_s = self._line_free_at_s - time.monotonic()
+        self.stopping.wait(wait_s)
 
     def opened(self, connection: socket.socket) -> None:
         """Note a connection, to be closed by `stop`."""
@@ -317,8 +342,13 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send_file(file, answer.start, answer.stop)
 
     def _send_file(self, file: BinaryIO, start: int, stop: int) -> None:
-        if stop > start:
-            self.connection.sendfile(file, start, stop - start)
+        origin = self.server.origin
+        slice_bytes = stop - start if origin.bytes_per_s is None else LIMITED_SLICE_BYTES
+        while start < stop:
+            count = min(slice_bytes, stop - start)
+            origin.wait_turn(count)
+            self.connection.sendfile(file, start, count)
+            start += count
 
 
 def _status_answer(status: int, **headers: str) -> Answer:
