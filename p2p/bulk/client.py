@@ -361,14 +361,9 @@ class BulkConnection:
         view[:filled] = self._view[self._start : self._start + filled]
         self._start += filled
         begun = time.monotonic()
+        look_at = begun + min(within_s, self._stall_timeout_s)
         with self._translated():
-            while filled < wanted:
-                waited_s = time.monotonic() - begun
-                if waited_s >= within_s and filled >= MIN_PIECE_BYTES:
-                    break
-                stalls = waited_s / self._stall_timeout_s
-                if stalls >= 1 and filled < stalls * MIN_PIECE_BYTES:
-                    raise Stalled(f"sent only {filled} bytes in {waited_s:.1f} s")
+            while filled < wanted:  # once for each TLS record of 16 KiB: the hottest loop
                 received = self._socket.recv_into(view[filled:])
                 if not received:
                     raise Closed(
@@ -376,8 +371,24 @@ class BulkConnection:
                         f"{self._body_left - filled} bytes before the end of an answer"
                     )
                 filled += received
+                now = time.monotonic()
+                if (
+                    now >= look_at
+                    and filled < wanted
+                    and self._is_enough(filled, now - begun, within_s)
+                ):
+                    break
         self._body_left -= filled
         return filled
+
+    def _is_enough(self, filled: int, waited_s: float, within_s: float) -> bool:
+        """Tell whether a part is to be handed on; raise when too little came."""
+        if waited_s >= within_s and filled >= MIN_PIECE_BYTES:
+            return True
+        stalls = waited_s / self._stall_timeout_s
+        if stalls >= 1 and filled < stalls * MIN_PIECE_BYTES:
+            raise Stalled(f"sent only {filled} bytes in {waited_s:.1f} s")
+        return False
 
     def abort(self) -> None:
         """Cut the connection, from any thread: whoever waits on it gets `Closed`."""

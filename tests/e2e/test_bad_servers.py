@@ -57,9 +57,9 @@ ORIGIN_FAULTS: dict[str, tuple[Fault, str]] = {
 def slow_peer(
     small: Model, lasting_processes: Processes, tmp_path_factory: pytest.TempPathFactory
 ) -> Node:
-    """Return an honest peer that takes four seconds for the model."""
+    """Return an honest peer that takes eight seconds for the model, so that there is time to judge the others."""
     store = copy_of(small, tmp_path_factory.mktemp("honest") / "store")
-    return lasting_processes.node(store, "--upload-limit", "6MB/s")
+    return lasting_processes.node(store, "--upload-limit", "3MB/s")
 
 
 def memory_until_end(fetch: Command) -> int:
