@@ -57,7 +57,7 @@ ORIGIN_FAULTS: dict[str, tuple[Fault, str]] = {
 def slow_peer(
     small: Model, lasting_processes: Processes, tmp_path_factory: pytest.TempPathFactory
 ) -> Node:
-    """Return an honest peer that takes eight seconds for the model, so that there is time to judge the others."""
+    """Return an honest peer that takes eight seconds: time enough to judge the others."""
     store = copy_of(small, tmp_path_factory.mktemp("honest") / "store")
     return lasting_processes.node(store, "--upload-limit", "3MB/s")
 
