@@ -7,7 +7,9 @@ when it wants to be woken. The rules:
 - A planner with work in flight, or with something to ask for, has a deadline.
 - Nothing is asked for that the asker has, and of no neighbour that has not shown it.
 - Who shares origin duty asks nothing of the origin that a neighbour has shown, unless
-  nothing has come to it for its patience, or the origin is faster than all its peers.
+  nothing has come to it for its patience, or the origin is faster than all its peers. A
+  node judges that by what it has seen so far, so a few such asks are no fault
+  (`NEEDLESS_SHARE`).
 - No honest node is banned. Every honest node that stays finishes.
 """
 
@@ -24,6 +26,12 @@ if TYPE_CHECKING:
 
 MAX_FAILURES = 20
 """Broken rules that are kept: the first ones say what went wrong."""
+
+NEEDLESS_SHARE = 0.05
+"""Part of what is asked of the origin that may be needless, besides `NEEDLESS_FREE`."""
+
+NEEDLESS_FREE = 2
+"""Needless asks of the origin that are never a fault: small swarms have few in all."""
 
 RECENT_S = 2.0
 """Time over which what peers gave is held against the origin's speed."""
@@ -47,6 +55,7 @@ class Checker:
         self.failures: list[str] = []
         self.origin_asks = 0
         self.needless_origin_asks = 0
+        self._without_need: list[str] = []
         self.bans = 0
         self.stalls = 0
 
@@ -87,7 +96,7 @@ class Checker:
                 now = world.engine.now
                 from_peers = sum(at > now - RECENT_S for at in peer.recent) / RECENT_S
                 if from_peers * peer.origin_chunk_s > 1:
-                    self._fail(f"{peer.name} asks the origin for chunk {chunk} without need")
+                    self._without_need.append(f"{peer.name} for chunk {chunk}")
 
     def acted(self, peer: SimulatedPeer, deadline: float | None) -> None:
         """Check a planner that has just decided."""
@@ -112,6 +121,10 @@ class Checker:
 
     def ended(self) -> None:
         """Check that everybody has finished."""
+        count = len(self._without_need)
+        if count > NEEDLESS_FREE + NEEDLESS_SHARE * self.origin_asks:
+            first = self._without_need[0]
+            self._fail(f"{count} chunks are asked of the origin without need ({first} …)")
         lost = [peer.name for peer in self._world.finishers if peer.finished_at is None]
         if lost:
             shown = ", ".join(lost[:5])

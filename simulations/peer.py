@@ -471,7 +471,8 @@ class SimulatedPeer:
         known = self.neighbours.get(source)
         if not is_good:
             self.wasted_bytes += CHUNK_SIZE
-            self.lied_to_by[source] = None
+            if known is not None and not planner.is_done():  # else there is nobody to ban
+                self.lied_to_by[source] = None
             planner.chunk_refused(now, source, *chunk)
         elif self.has & bit:
             self.wasted_bytes += CHUNK_SIZE

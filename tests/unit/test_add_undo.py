@@ -161,7 +161,7 @@ def test_add_begins_anew_when_another_takes_back_what_it_relied_on(
 
     monkeypatch.setattr(Store, "put_complete", put_complete)
     with Store(store_dir) as store:
-        manifest, new_bytes = add_paths(store, [path])
+        manifest, new_bytes, _ = add_paths(store, [path])
         assert calls == [False, True]
         assert new_bytes == path.stat().st_size
         assert store.missing_objects(manifest, range(len(manifest.objects))) == []
