@@ -139,7 +139,8 @@ def test_a_peer_that_claims_what_it_lacks(
     honest.wait_ready()
     store, out = tmp_path / "store", tmp_path / "out"
     result = processes.fetch(small.id, store, "--out", out, bootstrap=[boaster.addr, honest.addr])
-    assert result.sources()[honest.peer_id]["bytes"] >= small.size_bytes
+    # All but a file's header perhaps, which the other has as well.
+    assert result.sources()[honest.peer_id]["bytes"] >= 0.99 * small.size_bytes
     assert_clean(processes, small, store, out)
 
 
