@@ -195,35 +195,7 @@ class Node:
         self.access = await trio.to_thread.run_sync(Access, self.store)
         answers = Answers(self.store, self.access)
         self.neighbours = Neighbours(self._host, answers, self._hello)
-        self._bulk = BulkServer(
-            self._identity,
-            self.store.open_reader,
-            self.neighbours.is_neighbour,
-            host=_bulk_host(self._host.addrs()),
-            port=self._bulk_port,
-            read_small=self.store.read_small,
-            may_have=self.access.may_have,
-            limiter=self.upload_limiter,
-        )
-        if self.download_limiter is not None:
-            stack.callback(self.download_limiter.close)
-        self._bulk.start()
-        stack.callback(self._bulk.close)
-        self._streams = StreamServer(
-            self.store.open_reader,
-            self.neighbours.is_neighbour,
-            limiter=self.upload_limiter,
-            may_have=self.access.may_have,
-        )
-        self._host.set_handler(BULK_STREAM_PROTOCOL, self._streams.handle)
-        self._routes = Routes(
-            self._identity,
-            self._bulk_addresses,
-            lambda peer_id: self._host.open_stream(peer_id, BULK_STREAM_PROTOCOL),
-            self._host.start_soon,
-            is_relayed=self._host.is_relayed,
-            limiter=self.download_limiter,
-        )
+        self._start_bulk_plane()
         self.reach = Reach(
             self._host, RelayClient(self._host), self._via, on_change=self._addresses_changed
         )
@@ -241,6 +213,46 @@ class Node:
         stack.callback(self._nursery.cancel_scope.cancel)
         await self._nursery.start(self.discovery.run)
         await self._nursery.start(self.neighbours.run)
+        await self._start_tasks(file)
+        if lock is not None and self._server:
+            write_state(self.store.place, self._state())
+            stack.callback(remove_state, self.store.root)
+            self._nursery.start_soon(self._keep_state)
+
+    def _start_bulk_plane(self) -> None:
+        """Serve bytes over TLS and over streams, and know the ways to others' bytes."""
+        self._bulk = BulkServer(
+            self._identity,
+            self.store.open_reader,
+            self.neighbours.is_neighbour,
+            host=_bulk_host(self._host.addrs()),
+            port=self._bulk_port,
+            read_small=self.store.read_small,
+            may_have=self.access.may_have,
+            limiter=self.upload_limiter,
+        )
+        if self.download_limiter is not None:
+            self._stack.callback(self.download_limiter.close)
+        self._bulk.start()
+        self._stack.callback(self._bulk.close)
+        self._streams = StreamServer(
+            self.store.open_reader,
+            self.neighbours.is_neighbour,
+            limiter=self.upload_limiter,
+            may_have=self.access.may_have,
+        )
+        self._host.set_handler(BULK_STREAM_PROTOCOL, self._streams.handle)
+        self._routes = Routes(
+            self._identity,
+            self._bulk_addresses,
+            lambda peer_id: self._host.open_stream(peer_id, BULK_STREAM_PROTOCOL),
+            self._host.start_soon,
+            is_relayed=self._host.is_relayed,
+            limiter=self.download_limiter,
+        )
+
+    async def _start_tasks(self, file: DhtFile | None) -> None:
+        """Run what keeps the node in the network, in the background."""
         bootstrapper = Bootstrapper(
             self._host,
             self.discovery,
@@ -257,10 +269,6 @@ class Node:
             self._nursery.start_soon(announcer.run)
             AutoNatServer(self._host)
             await self._nursery.start(self.reach.run)
-        if lock is not None and self._server:
-            write_state(self.store.place, self._state())
-            stack.callback(remove_state, self.store.root)
-            self._nursery.start_soon(self._keep_state)
 
     def _local_discovery(self) -> Mdns | None:
         addrs = self._host.advertised_addrs()

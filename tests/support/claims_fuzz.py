@@ -21,11 +21,9 @@ import base64
 import io
 import json
 import random
-import resource
 import struct
 import sys
 import tempfile
-import time
 import tracemalloc
 import zlib
 from collections.abc import Callable
@@ -41,7 +39,14 @@ from tensorswarm.store.errors import BadInput
 from tensorswarm.store.formats import stamps
 from tensorswarm.store.ingest import describe_paths
 from tensorswarm.store.recipes import Input, check_recipe, make
-from tests.support.format_fuzz import mutate, seed_gguf, seed_onnx, seed_safetensors, seed_tfjs
+from tests.support.format_fuzz import (
+    mutate,
+    report,
+    seed_gguf,
+    seed_onnx,
+    seed_safetensors,
+    seed_tfjs,
+)
 
 MIB = 1 << 20
 
@@ -312,18 +317,5 @@ def fuzz(name: str, count: int, seed: int = 0, *, watch_memory: bool = False) ->
     return accepted
 
 
-def main(count: int, seed: int, names: list[str]) -> None:
-    """Fuzz every kind of claim and print what came of it."""
-    for name in names or list(CLAIMS):
-        begun = time.monotonic()
-        accepted = fuzz(name, count, seed)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-        print(
-            f"{name}: {count} inputs, {accepted} accepted, the others refused with BadInput; "
-            f"{time.monotonic() - begun:.0f} s, peak memory {peak} MiB, seed {seed}",
-            flush=True,
-        )
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0, sys.argv[3:])
+    report(CLAIMS, fuzz)

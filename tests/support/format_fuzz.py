@@ -26,7 +26,7 @@ import struct
 import sys
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -270,11 +270,16 @@ def fuzz(name: str, count: int, seed: int = 0) -> int:
     return accepted
 
 
-def main(count: int, seed: int, names: list[str]) -> None:
-    """Fuzz every format and print what came of it."""
-    for name in names or list(SEEDS):
+def report(kinds: Iterable[str], run: Callable[[str, int, int], int]) -> None:
+    """Fuzz the kinds named on the command line, or all, and print what came of each.
+
+    Arguments are the number of inputs, the seed, and names of kinds.
+    """
+    count = int(sys.argv[1])
+    seed = int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    for name in sys.argv[3:] or kinds:
         begun = time.monotonic()
-        accepted = fuzz(name, count, seed)
+        accepted = run(name, count, seed)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
         print(
             f"{name}: {count} inputs, {accepted} accepted, the others refused with BadInput; "
@@ -284,4 +289,4 @@ def main(count: int, seed: int, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0, sys.argv[3:])
+    report(SEEDS, fuzz)
