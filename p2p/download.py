@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import trio
 
-from tensorswarm.store.digest import CHUNK_SIZE
 from tensorswarm.store.errors import (
     HashMismatch,
     NoSource,
@@ -45,7 +44,7 @@ from .origins.origin import FileRange, display_url
 from .origins.source import OriginSource
 from .results import SourceReport
 from .roster import Roster
-from .routes import Routes, Via
+from .routes import Distance, Routes, Via
 from .swarm.planner import Ask, Cancel, Drop, Planner, PlannerLimits, SourceKind
 from .swarm.source import Failure, Outcome, SmallOutcome, SourceWorker, Span
 
@@ -70,9 +69,6 @@ TICK_S = 1.0
 MOVED_BYTES = 16 << 10
 """Bytes after which a download counts as moving, though no chunk is complete: a chunk
 takes a minute at the lowest rate that can be set. A byte a second never gets there."""
-
-LIMITED_SOURCES = 16
-"""Sources that our own limit may slow down together before one of them counts as slow."""
 
 PASSING = frozenset({Failure.STALLED, Failure.CLOSED, Failure.UNREACHABLE})
 
@@ -141,6 +137,8 @@ class Download:
     swarm_key : bytes, optional
         What others subscribe to who fetch the same: the model's digest. With them it
         shares the origins' bytes; without a key or an origin it shares with nobody.
+    near_first : bool, optional
+        Whether the origins are spared for the sake of peers, and far peers for near ones.
     """
 
     def __init__(
@@ -155,6 +153,7 @@ class Download:
         urgency: Mapping[bytes, int],
         limiter: RateLimiter | None = None,
         swarm_key: bytes = b"",
+        near_first: bool = False,
     ) -> None:
         self._incoming = incoming
         self._index_of = {each.digest: i for i, each in enumerate(incoming)}
@@ -165,6 +164,7 @@ class Download:
         self._limiter = limiter
         self._events = EventQueue()
         self._sink = StoreSink(incoming)
+        limits = PlannerLimits(near_first=near_first)
         self._planner = Planner(
             [each.size_bytes for each in incoming],
             rng=rng,
@@ -172,7 +172,7 @@ class Download:
             priorities={
                 i: urgency[each.digest] for i, each in enumerate(incoming) if each.digest in urgency
             },
-            limits=_planner_limits(limiter),
+            limits=limits if limiter is None else limits.slowed_to(limiter.bytes_per_s),
             keys=[each.digest for each in incoming],
         )
         self._sources: dict[str, _Source] = {}
@@ -387,13 +387,19 @@ class Download:
             )
         else:
             source.via, source.worker = self._routes.start(now, name, self._sink, self._events)
-        self._planner.add_source(now, name, source.kind)
+        distance = self._distance(name, source)
+        self._planner.add_source(now, name, source.kind, distance=distance)
         self._planner.source_holds_whole(
             now, name, [index for index, proved in source.holds.items() if proved is None]
         )
         for index, proved in source.holds.items():
             if proved is not None:
                 self._planner.source_holds(now, name, index, proved)
+
+    def _distance(self, name: str, source: _Source) -> Distance:
+        if source.kind is SourceKind.ORIGIN:
+            return Distance.ORIGIN
+        return self._routes.distance(name)
 
     def _fall_back(self, now: float, name: str) -> bool:
         """Ask a peer over a stream whose bulk plane cannot be reached; False if it has none."""
@@ -568,21 +574,6 @@ class Download:
                     )
                 )
         return reports, statistics.duplicate_bytes + statistics.refused_bytes
-
-
-def _planner_limits(limiter: RateLimiter | None) -> PlannerLimits:
-    """Return the planner's limits; what our own limit slows down is nobody's fault."""
-    limits = PlannerLimits()
-    if limiter is None:
-        return limits
-    chunk_s = CHUNK_SIZE / limiter.bytes_per_s
-    return replace(
-        limits,
-        slow_chunk_s=limits.slow_chunk_s + LIMITED_SOURCES * chunk_s,
-        # A second source shares the limit with the first: its copy slows the original.
-        unknown_wait_s=limits.unknown_wait_s + 2 * chunk_s,
-        copy_gain=limits.copy_gain / 2,
-    )
 
 
 def _is_of_use(entry: wire.HaveEntry, incoming: Incoming) -> bool:

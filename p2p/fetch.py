@@ -91,6 +91,8 @@ class FetchOptions:
     in_order : bool
         Whether everything is wanted in the order of the files, rather than soonest
         as a whole.
+    near_first : bool
+        Whether to spare origins for the sake of peers, and far peers for near ones.
     on_manifest : callable
         Hears of the manifest, once it is known.
     on_object : callable
@@ -104,6 +106,7 @@ class FetchOptions:
     on_progress: Progress = lambda done, total: None
     first: Sequence[str] = ()
     in_order: bool = False
+    near_first: bool = False
     on_manifest: Callable[[Manifest], None] = lambda manifest: None
     on_object: Callable[[bytes], None] | None = None
 
@@ -369,6 +372,7 @@ class Fetch:
             urgency=self._urgency,
             limiter=services.download_limiter,
             swarm_key=result.digest,
+            near_first=self._options.near_first,
         )
 
     async def _run(

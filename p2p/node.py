@@ -98,8 +98,8 @@ class Node:
         Relays to use if this node cannot be dialled, ending in ``/p2p/<peer id>``; besides
         those it meets.
     bulk : str
-        ``"tls"``, or ``"clear"``: connections within this machine may leave TLS after the
-        handshake (see `bulk.clear`).
+        ``"tls"``, or ``"clear"``: connections within this machine, or within the private
+        network, may leave TLS after the handshake (see `bulk.clear`).
 
     Attributes
     ----------
@@ -187,7 +187,9 @@ class Node:
         key_pair, lock = await trio.to_thread.run_sync(identity_for, self.store.root)
         if lock is not None:
             stack.callback(lock.release)
-        self._identity = BulkIdentity(key_pair, may_clear=self._may_clear)
+        self._identity = BulkIdentity(
+            key_pair, may_clear=self._may_clear, network_key=self._network_key
+        )
         self._host = await stack.enter_async_context(
             Host(key_pair, self._listen, network_key=self._network_key)
         )
@@ -248,6 +250,7 @@ class Node:
             lambda peer_id: self._host.open_stream(peer_id, BULK_STREAM_PROTOCOL),
             self._host.start_soon,
             is_relayed=self._host.is_relayed,
+            seen_at=self.neighbours.seen_at,
             limiter=self.download_limiter,
         )
 
@@ -330,6 +333,7 @@ class Node:
         out: Path | None = None,
         timeout_s: float = 30.0,
         on_progress: Progress = lambda done, total: None,
+        near_first: bool = False,
     ) -> FetchResult:
         """Bring a model, or a bare tensor, into the store.
 
@@ -349,6 +353,9 @@ class Node:
             How long nothing may be found or arrive before giving up.
         on_progress : callable
             Called with the verified bytes so far and the bytes in all.
+        near_first : bool
+            Whether to spare origins for the sake of peers, and peers on the Internet for
+            those in the local network, rather than to ask all at once.
 
         Raises
         ------
@@ -357,7 +364,13 @@ class Node:
         """
         reference = parse_reference(ref)
         options = FetchOptions(
-            tuple(origins), tuple(include), out, timeout_s, on_progress, tuple(first)
+            tuple(origins),
+            tuple(include),
+            out,
+            timeout_s,
+            on_progress,
+            tuple(first),
+            near_first=near_first,
         )
         return await self.fetch_digest(
             reference.digest, options, is_model=reference.codec == MODEL_CODEC

@@ -19,7 +19,7 @@ from __future__ import annotations
 import ipaddress
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from enum import Enum
+from enum import Enum, IntEnum
 
 from .bulk.dial import MAX_ADDRESSES
 from .bulk.peer_source import PeerSource
@@ -47,6 +47,14 @@ class Via(Enum):
     RELAY = "relay"
 
 
+class Distance(IntEnum):
+    """How far a source is, in what its bytes cost others: the nearest first."""
+
+    LOCAL = 0
+    WIDE = 1
+    ORIGIN = 2
+
+
 class Routes:
     """Makes the workers that fetch from peers.
 
@@ -62,6 +70,8 @@ class Routes:
         Runs an operation in the background, as `Host.start_soon` does.
     is_relayed : callable
         From a peer id to whether all connections to it lead through a relay.
+    seen_at : callable
+        From a peer id to the IP address at which we see it; None if that is not known.
     limiter : RateLimiter, optional
         Holds what all sources receive together below a rate.
     """
@@ -73,6 +83,7 @@ class Routes:
         open_stream: Callable[[str], Awaitable[Stream]],
         start_soon: Callable[[Callable[[], Awaitable[object]]], object],
         is_relayed: Callable[[str], bool] = lambda _peer_id: False,
+        seen_at: Callable[[str], str | None] = lambda _peer_id: None,
         limiter: RateLimiter | None = None,
     ) -> None:
         self._identity = identity
@@ -80,6 +91,7 @@ class Routes:
         self._open_stream = open_stream
         self._start_soon = start_soon
         self._is_relayed = is_relayed
+        self._seen_at = seen_at
         self._limiter = limiter
         self._unreachable: OrderedDict[str, float] = OrderedDict()
 
@@ -101,6 +113,12 @@ class Routes:
             limiter=self._limiter,
         )
         return self.without_bulk(peer_id), worker
+
+    def distance(self, peer_id: str) -> Distance:
+        """Tell whether a peer is in our local network, as far as its address says."""
+        host = None if self._is_relayed(peer_id) else self._seen_at(peer_id)
+        is_local = host is not None and scope_of(host) is not Scope.GLOBAL
+        return Distance.LOCAL if is_local else Distance.WIDE
 
     def without_bulk(self, peer_id: str) -> Via:
         """Return the way that streams to a peer take now."""

@@ -251,11 +251,13 @@ def fetch_into(
     mdns: bool = True,
     network: Path | None = None,
     bulk: str = "tls",
+    near_first: bool = False,
 ) -> FetchResult:
     """Fetch into an open store; starts a node for it only when something is missing.
 
     `network` is the key file of a private network. With `mdns`, a fetch that knows
-    neither peers nor origins asks the local network.
+    neither peers nor origins asks the local network. `near_first` spares origins for the
+    sake of peers, and far peers for near ones.
 
     Raises
     ------
@@ -278,6 +280,7 @@ def fetch_into(
             mdns,
             network,
             bulk,
+            near_first,
         )
     if out is not None:
         result.path = export_result(store, result, include, out)
@@ -310,6 +313,7 @@ def _fetch_from_network(
     mdns: bool,
     network: Path | None,
     bulk: str,
+    near_first: bool,
 ) -> FetchResult:
     import trio
 
@@ -323,6 +327,7 @@ def _fetch_from_network(
         first=tuple(first),
         timeout_s=timeout_s,
         on_progress=on_progress or (lambda done, total: None),
+        near_first=near_first,
     )
     peers = list(bootstrap) or running_node(store.root)
     mdns = mdns and not peers and not origins

@@ -1,24 +1,28 @@
 """Bulk connections that leave TLS once it has proved who is there: ``--bulk clear``.
 
 Purpose: between two nodes on one machine, encryption protects against nobody and costs a
-third of the processor time. There the bytes may go in the clear, straight from the page
-cache into the socket (``sendfile``).
+third of the processor time. In a private network it is for its owner to say whether the
+wires are his own. There the bytes may go in the clear, straight from the page cache into
+the socket (``sendfile``).
 
 Rules
-- Off by default. Each side must have opted in, and see both ends of the connection at a
-  loopback address. A side that has not, or does not, offers nothing else than TLS.
+- Off by default. Each side must have opted in, and either have a private network's key, or
+  see both ends of the connection at a loopback address. A side that has not, or does not,
+  offers nothing else than TLS.
 - Every connection begins with the whole TLS handshake, so both peer ids are proved as
   always. Both sides name `CLEAR_PROTOCOL` in it (ALPN), which the handshake protects: an
   attacker on the way can neither add nor remove it.
-- Then, inside TLS, each side tells its `place_mark`: a digest of the machine's start, and of
-  both ends' addresses and ports. Only if both are the same do they leave TLS, with a
+- Then, inside TLS, each side tells a mark. In a private network it is a digest of the key
+  and of both peer ids (`network_mark`); elsewhere of the machine's start, and of both ends'
+  addresses and ports (`place_mark`). Only if both are the same do they leave TLS, with a
   close-notify each, and go on with the same requests and answers on the same TCP
-  connection. If they are not, the connection stays in TLS: there is a forwarder between
-  the two, and perhaps a network.
+  connection. If they are not, the connection stays in TLS: the two are not of one network,
+  or there is a forwarder between them, and perhaps a network.
 - A connection never returns to TLS, and none begins without it.
 
 What it does not do: hide bytes from this machine's administrator, who alone can read or
-change loopback traffic, and could read the store. Verification is the receiver's, as always.
+change loopback traffic, and could read the store; or, in a private network, from whoever
+can listen to its wires. Verification is the receiver's, as always.
 """
 
 from __future__ import annotations
@@ -50,7 +54,7 @@ def context_for(
     identity: BulkIdentity, sock: socket.socket, *, server_side: bool
 ) -> ssl.SSLContext:
     """Return the TLS context for a connected socket: one that offers to leave TLS, or not."""
-    if identity.may_clear and is_on_loopback(sock):
+    if identity.may_clear and (identity.network_key is not None or is_on_loopback(sock)):
         return identity.clear_server_context if server_side else identity.clear_client_context
     return identity.server_context if server_side else identity.client_context
 
@@ -63,13 +67,24 @@ def is_on_loopback(sock: socket.socket) -> bool:
         return False
 
 
-def agree(secured: ssl.SSLSocket, deadline: float, *, server_side: bool) -> bool:
+def agree(
+    secured: ssl.SSLSocket,
+    identity: BulkIdentity,
+    peer_id: str,
+    deadline: float,
+    *,
+    server_side: bool,
+) -> bool:
     """Settle, inside TLS, whether this connection leaves it; both sides come to the same.
 
     Parameters
     ----------
     secured : ssl.SSLSocket
-        After the handshake, and after the peer id was checked.
+        After the handshake.
+    identity : BulkIdentity
+        Ours.
+    peer_id : str
+        Of the other side, as it was proved.
     deadline : float
         As of `time.monotonic`.
     server_side : bool
@@ -84,8 +99,7 @@ def agree(secured: ssl.SSLSocket, deadline: float, *, server_side: bool) -> bool
     """
     if secured.selected_alpn_protocol() != CLEAR_PROTOCOL:
         return False
-    here, there = secured.getsockname(), secured.getpeername()
-    mine = place_mark(there, here) if server_side else place_mark(here, there)
+    mine = _mark(secured, identity, peer_id, server_side=server_side)
     secured.settimeout(max(_SHORTEST_WAIT_S, deadline - time.monotonic()))
     secured.sendall(mine)
     theirs = b""
@@ -96,6 +110,20 @@ def agree(secured: ssl.SSLSocket, deadline: float, *, server_side: bool) -> bool
             raise ProtocolError("closed the connection before it told its place")
         theirs += received
     return theirs == mine
+
+
+def _mark(
+    secured: ssl.SSLSocket, identity: BulkIdentity, peer_id: str, *, server_side: bool
+) -> bytes:
+    turn = -1 if server_side else 1  # the client comes first
+    if identity.network_key is not None:
+        return network_mark(identity.network_key, *[identity.peer_id, peer_id][::turn])
+    return place_mark(*[secured.getsockname(), secured.getpeername()][::turn])
+
+
+def network_mark(key: bytes, client_id: str, server_id: str) -> bytes:
+    """Return what two members of a private network have in common, and nobody else."""
+    return digest_of(f"tensorswarm network\n{key.hex()}\n{client_id}\n{server_id}".encode())
 
 
 def place_mark(client: tuple[str, int], server: tuple[str, int]) -> bytes:

@@ -195,7 +195,7 @@ class BulkConnection:
             found = peer_id_of(secured)
             if found != self._peer_id:
                 raise ProtocolError(f"is {found} at {host} port {port}, not {self._peer_id}")
-            if bulk_clear.agree(secured, deadline, server_side=False):
+            if bulk_clear.agree(secured, self._identity, found, deadline, server_side=False):
                 self._leave_tls(secured, deadline)
         except TimeoutError as error:
             raise Unreachable(f"{host} port {port}: no answer in time") from error

@@ -361,7 +361,7 @@ class _Connection:
         self._name = peer_id_of(secured)
         self._busy = not self._table.identify(self, self._name, time.monotonic())
         self._output = memoryview(bytearray(SEND_BUFFER_BYTES))
-        if not bulk_clear.agree(secured, deadline, server_side=True):
+        if not bulk_clear.agree(secured, self._identity, self._name, deadline, server_side=True):
             return secured
         bulk_clear.end_tls(secured, deadline)
         with self._abort_lock:  # no `abort` while the descriptor changes hands

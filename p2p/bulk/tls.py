@@ -44,7 +44,10 @@ class BulkIdentity:
     key_pair : KeyPair
         The node's libp2p key pair.
     may_clear : bool, optional
-        Whether connections within this machine may leave TLS after the handshake.
+        Whether connections within this machine, or within the private network, may leave
+        TLS after the handshake.
+    network_key : bytes, optional
+        Of the private network that the node belongs to.
 
     Attributes
     ----------
@@ -54,19 +57,22 @@ class BulkIdentity:
         For the accepting side. Asks for the client's certificate.
     client_context : ssl.SSLContext
         For the connecting side. Presents the same certificate.
-    may_clear : bool
+    may_clear, network_key
         As given.
     clear_server_context, clear_client_context : ssl.SSLContext
         The same, naming `CLEAR_PROTOCOL` before the usual one.
     """
 
-    def __init__(self, key_pair: KeyPair, *, may_clear: bool = False) -> None:
+    def __init__(
+        self, key_pair: KeyPair, *, may_clear: bool = False, network_key: bytes | None = None
+    ) -> None:
         self.peer_id = str(ID.from_pubkey(key_pair.public_key))
         transport = TLSTransport(key_pair)
         usual, clear = [APPLICATION_PROTOCOL], [CLEAR_PROTOCOL, APPLICATION_PROTOCOL]
         self.server_context = _context(transport, usual, server_side=True)
         self.client_context = _context(transport, usual, server_side=False)
         self.may_clear = may_clear
+        self.network_key = network_key
         self.clear_server_context = _context(transport, clear, server_side=True)
         self.clear_client_context = _context(transport, clear, server_side=False)
 

@@ -40,11 +40,12 @@ from types import MappingProxyType
 
 from tensorswarm.store.digest import CHUNK_SIZE
 
-from . import deadlines
+from . import deadlines, portions
 from .chunk_map import BLOCK_CHUNKS, ChunkMap
 from .crowd import Crowd
 from .endgame import EndGame
 from .flights import Flights
+from .nearness import Nearness
 from .origin_duty import OriginDuty
 from .picker import Draft, Picker
 from .source import Failure
@@ -136,6 +137,7 @@ class Planner:
             OriginDuty(self._chunks, keys, self.limits, self._sources),
             self.limits,
         )
+        self._nearness = Nearness(self._sources, self._chunks, self.limits)
         self._check_at = math.inf
         self._relook_at = math.inf
         self._proved_bytes = self._duplicate_bytes = self._refused_bytes = 0
@@ -143,11 +145,18 @@ class Planner:
     # events: sources
 
     def add_source(
-        self, now: float, source: str, kind: SourceKind, *, makes_offers: bool = False
+        self,
+        now: float,
+        source: str,
+        kind: SourceKind,
+        *,
+        makes_offers: bool = False,
+        distance: int = 0,
     ) -> None:
         """Note a source that can be asked, once it is known what it holds.
 
         One that makes offers is asked, while others download the same, when it says so.
+        Its distance matters where nearer sources come first; 0 is nearest.
 
         Known liars and sources beyond the limit are answered with a `Drop`. A source
         that is present already stays as it is.
@@ -160,9 +169,12 @@ class Planner:
         refusal = self._table.admit(source, kind)
         if refusal is not None:
             self._outbox.append(Drop(source, *refusal))
-        elif makes_offers:
-            self._sources[source].makes_offers = True
-            self._sources[source].offered_at = now
+            return
+        state = self._sources[source]
+        state.distance = distance
+        if makes_offers:
+            state.makes_offers = True
+            state.offered_at = now
 
     def source_holds(
         self, now: float, source: str, object_index: int, bitmap: bytes | None
@@ -372,8 +384,8 @@ class Planner:
         if state is None:
             return
         request = None if request_id is None else state.requests.get(request_id)
-        if request is None and request_id is not None:
-            return  # late news of a request that is settled
+        if request is None and request_id is not None:  # late news of what is settled
+            return
         is_origin = state.kind is SourceKind.ORIGIN
         if request is not None and failure is Failure.LACKS:
             lacking = {self._chunks.locate(position)[0] for position in request.left}
@@ -491,11 +503,14 @@ class Planner:
         if self._endgame.should_wait(now, state):
             self._park(now, state)
             return False
-        draft = self._picker.pick(state, room_bytes)
-        if not draft.positions and self._flights.by_position:
-            draft = self._endgame.draft_copies(now, state, room_bytes)
-            if not draft.positions:
-                self._park(now, state)
+        if nearer := self._nearness.nearer(now, state):
+            draft = self._nearness.draft(state, nearer, room_bytes)
+        else:
+            draft = self._picker.pick(state, room_bytes)
+            if not draft.positions and self._flights.by_position:
+                draft = self._endgame.draft_copies(now, state, room_bytes)
+        if not draft.positions and (nearer or self._flights.by_position):
+            self._park(now, state)
         return bool(draft.positions) and self._ask(now, state, draft)
 
     def _ask(self, now: float, state: SourceState, draft: Draft) -> bool:
@@ -505,24 +520,10 @@ class Planner:
 
     def _room_bytes(self, state: SourceState) -> int:
         """Return how much the next request to a source may hold; 0 for no request."""
-        limits = self.limits
-        count = len(state.requests)
-        rate = state.rate.bytes_per_s
         if self._crowd.is_here:
             return self._crowd.room_bytes(state, len(self._sources))
-        if rate is None:
-            return CHUNK_SIZE if count < limits.min_requests_per_source else 0
-        target_bytes = rate * limits.queue_s
-        if count >= limits.max_requests_per_source:
-            return 0
-        if count >= limits.min_requests_per_source and state.queued_bytes >= target_bytes:
-            return 0
-        size_bytes = int(target_bytes / limits.min_requests_per_source)
-        if self._chunks.free_bytes:
-            # Near the end, its share of what is left: all should be done together.
-            share = rate / max(rate, self._flights.total_rate)
-            size_bytes = min(size_bytes, int(share * self._chunks.free_bytes))
-        return max(CHUNK_SIZE, min(size_bytes, limits.max_request_chunks * CHUNK_SIZE))
+        free_bytes, total_rate = self._chunks.free_bytes, self._flights.total_rate
+        return portions.room_bytes(state, free_bytes, total_rate, self.limits)
 
     def _feed_in_crowd(self, now: float, state: SourceState, room_bytes: int) -> bool:
         choice = self._crowd.choose(now, state, room_bytes)

@@ -247,15 +247,17 @@ class SourceState:
         When it last made an offer, or was asked.
     offers : list of int
         The positions it offers, oldest first.
+    distance : int
+        How far it is; 0 is nearest. It matters only to `nearness`.
     counted_rate : float
         What it adds to the planner's sum of speeds.
     """
 
     __slots__ = (
-        "answered_at", "counted_rate", "cursor", "empty_answers", "has_spoken", "head_since",
-        "held", "holds_all", "home", "kind", "level", "listed", "live", "makes_offers", "name",
-        "offered_at", "offers",
-        "parked_until", "queued_bytes", "rate", "record", "requests",
+        "answered_at", "counted_rate", "cursor", "distance", "empty_answers", "has_spoken",
+        "head_since", "held", "holds_all", "home", "kind", "level", "listed", "live",
+        "makes_offers", "name", "offered_at", "offers", "parked_until", "queued_bytes",
+        "rate", "record", "requests",
     )  # fmt: skip
 
     def __init__(self, name: str, record: SourceRecord, chunks: ChunkMap) -> None:
@@ -277,6 +279,7 @@ class SourceState:
         self.has_spoken = False
         self.empty_answers = 0
         self.parked_until: float | None = None
+        self.distance = 0
         self.counted_rate = 0.0
         self.makes_offers = False
         self.offered_at = 0.0

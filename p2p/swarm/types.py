@@ -6,14 +6,19 @@ name, so that a caller imports from one place.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TypeAlias
+
+from tensorswarm.store.digest import CHUNK_SIZE
 
 from .source import Failure, Request
 
 Priority: TypeAlias = int
 """How urgent an object is: 0 is normal, a lower number comes first."""
+
+LIMITED_SOURCES = 16
+"""Sources that our own limit may slow down together before one of them counts as slow."""
 
 
 class SourceKind(Enum):
@@ -105,10 +110,32 @@ class PlannerLimits:
     """Not before the peers have had so long to show what they give."""
     duty_memory_s: float = 2.0
     """Time over which the speed of the peers is averaged for that."""
+    near_first: bool = False
+    """Whether farther sources are spared while nearer ones give enough (`nearness`)."""
+    near_trial_s: float = 3.0
+    """Time that the nearer ones have to show what they give: as long as a silent one."""
+    near_least_bytes_per_s: float = 1e6
+    """Less than this from all of them together is too dear in time: a 7B model in 4 bits
+    (4 GB) takes more than an hour."""
     max_chunks: int = 1 << 24
     """Chunks in one download (16 TiB): bounds what a manifest can make us allocate."""
     max_priorities: int = 256
     """Different priorities told apart; the least urgent ones beyond count as equal."""
+
+    def slowed_to(self, bytes_per_s: float) -> PlannerLimits:
+        """Return these limits for a download that is held below a rate by its own limit.
+
+        What that slows down is no source's fault, and near enough is what the limit allows.
+        """
+        chunk_s = CHUNK_SIZE / bytes_per_s
+        return replace(
+            self,
+            slow_chunk_s=self.slow_chunk_s + LIMITED_SOURCES * chunk_s,
+            # A second source shares the limit with the first: its copy slows the original.
+            unknown_wait_s=self.unknown_wait_s + 2 * chunk_s,
+            copy_gain=self.copy_gain / 2,
+            near_least_bytes_per_s=min(self.near_least_bytes_per_s, bytes_per_s / 2),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -275,6 +275,12 @@ def _add_network_commands(command: Callable[..., Parser], network: Parser) -> No
         help="these files or tensors before all others",
     )
     sub.add_argument("--out", type=Path, metavar="DIR", help="export the files there")
+    sub.add_argument(
+        "--near-first",
+        action="store_true",
+        help="spare origins for the sake of peers, and peers on the Internet for those in "
+        "the local network (default: all at once)",
+    )
     _add_limits(sub)
     _add_bulk(sub)
     _add_timeout(sub)
@@ -341,8 +347,8 @@ def _add_bulk(sub: Parser) -> None:
         "--bulk",
         choices=("tls", "clear"),
         default="tls",
-        help="clear: on connections within this machine, leave TLS once both peer ids are "
-        "proved, if the peer has opted in too (default: %(default)s)",
+        help="clear: within this machine or a private network (--network), leave TLS once "
+        "both peer ids are proved, if the peer has opted in too (default: %(default)s)",
     )
 
 

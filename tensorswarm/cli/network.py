@@ -46,6 +46,7 @@ def fetch(args: argparse.Namespace, output: Output) -> int:
                 on_progress=show,
                 mdns=args.mdns,
                 network=args.network,
+                near_first=args.near_first,
             )
             if is_url(args.ref):
                 from ..url_fetch import fetch_url  # brings httpx, which others do without

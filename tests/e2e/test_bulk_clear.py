@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from tensorswarm.p2p.host.pnet import write_new_key
 from tensorswarm.p2p.node import LOOPBACK_LISTEN
 from tensorswarm.p2p.node import Node as PeerNode
 from tests.e2e.conftest import MIB, add
@@ -33,10 +34,18 @@ def test_a_model_comes_whole(processes: Processes, tmp_path: Path, asking: str) 
     assert sha256_of_files(tmp_path / "out") == sha256_of_files(folder)
 
 
+@pytest.mark.parametrize("is_private", [False, True])
 @pytest.mark.parametrize("asking", ["clear", "tls"])
 def test_files_go_into_the_socket_only_where_both_want_it(
-    processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asking: str
+    processes: Processes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    asking: str,
+    is_private: bool,
 ) -> None:
+    key = tmp_path / "network.key"
+    write_new_key(key)
+    network = key if is_private else None
     folder = make_random_model(tmp_path / "model", SIZES, seed=1)
     model = add(processes, folder, tmp_path / "store-1")
     sent = 0
@@ -53,8 +62,10 @@ def test_files_go_into_the_socket_only_where_both_want_it(
     async def main() -> None:
         listen = [LOOPBACK_LISTEN]
         async with (
-            PeerNode(model.store, listen=listen, bulk="clear") as serving,
-            PeerNode(tmp_path / "store-2", bootstrap=serving.addrs, bulk=asking) as fetching,
+            PeerNode(model.store, listen=listen, bulk="clear", network=network) as serving,
+            PeerNode(
+                tmp_path / "store-2", bootstrap=serving.addrs, bulk=asking, network=network
+            ) as fetching,
         ):
             result = await fetching.fetch(model.id)
             assert result.bytes_peers == result.bytes_total

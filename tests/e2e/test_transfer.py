@@ -14,6 +14,7 @@ from tensorswarm.p2p.results import FetchResult
 from tensorswarm.store.cid import parse_reference
 from tensorswarm.store.store import Store
 from tests.e2e.conftest import MIB, Model, add
+from tests.support.http_origin import HttpOrigin
 from tests.support.model_files import (
     WEIGHTS,
     make_fine_tune,
@@ -78,6 +79,28 @@ def test_two_peers_and_an_origin_then_only_who_fetched(
     assert list(result.sources()) == [second.peer_id]
     assert result.document["bytes_peers"] == document["bytes_total"]
     assert sha256_of_files(tmp_path / "out") == wanted
+
+
+def test_near_first_spares_the_origin(processes: Processes, tmp_path: Path) -> None:
+    """The peer lacks one tensor, and only that is asked of the origin (and, perhaps, what
+    the origin gave before the peer had said what it holds)."""
+    folder = make_random_model(tmp_path / "model", {"here": 24 * MIB, "there": 2 * MIB}, seed=5)
+    model = add(processes, folder, tmp_path / "peer")
+    with Store(tmp_path / "peer") as opened:
+        manifest = opened.manifest(parse_reference(model.id).digest)
+        assert manifest is not None
+        opened.forget([ref.digest for ref in manifest.objects if ref.size_bytes == 2 * MIB])
+    peer = processes.node(tmp_path / "peer")
+    with HttpOrigin(folder, bytes_per_s=4 * MIB) as origin:
+        result = processes.fetch(
+            model.id,
+            tmp_path / "store",
+            *("--near-first", "--origin", origin.url, "--out", tmp_path / "out"),
+            bootstrap=[peer.addr],
+        )
+    assert sha256_of_files(tmp_path / "out") == sha256_of_files(folder)
+    assert 2 * MIB <= result.document["bytes_origin"] <= 12 * MIB
+    assert result.document["bytes_wasted"] == 0
 
 
 def test_a_fine_tune_costs_only_its_changed_layer(

@@ -42,6 +42,7 @@ def worlds(draw: st.DrawFn, *, may_leave: bool = True) -> SwarmWorld:
                 rate_bytes_per_s=draw(st.sampled_from([0.3, 1.0, 5.0, 20.0, 100.0])) * MIB,
                 latency_s=rng.uniform(0.0, 0.5),
                 kind=draw(st.sampled_from(SourceKind)),
+                distance=draw(st.integers(0, 2)),
                 holds=draw(st.sampled_from([None, by_object(some(0.5)), by_object(some(0.1))])),
                 claims=draw(st.sampled_from([None, by_object(everything)])),
                 lies=frozenset(some(draw(st.sampled_from([0.0, 0.0, 0.0, 0.2, 1.0])))),
@@ -64,6 +65,7 @@ def worlds(draw: st.DrawFn, *, may_leave: bool = True) -> SwarmWorld:
             for i, size in enumerate(sizes)
             if rng.random() < 0.2
         },
+        limits=PlannerLimits(near_first=draw(st.booleans())),
     )
 
 

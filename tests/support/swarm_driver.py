@@ -44,10 +44,14 @@ class Driver:
         self.drops: list[Drop] = []
 
     def join(
-        self, name: str, kind: SourceKind = SourceKind.PEER, holds: Mapping[int, str] | None = None
+        self,
+        name: str,
+        kind: SourceKind = SourceKind.PEER,
+        holds: Mapping[int, str] | None = None,
+        distance: int = 0,
     ) -> None:
         """Add a source; per object the chunks it holds as "1" in a string, "*" for all."""
-        self.planner.add_source(self.now, name, kind)
+        self.planner.add_source(self.now, name, kind, distance=distance)
         if holds is None:
             self.planner.source_holds_all(self.now, name)
         for index, text in (holds or {}).items():

@@ -46,6 +46,7 @@ class SimulatedSource:
     rate_bytes_per_s: float
     latency_s: float = 0.02
     kind: SourceKind = SourceKind.PEER
+    distance: int = 0
     holds: Mapping[int, frozenset[int]] | None = None
     claims: Mapping[int, frozenset[int]] | None = None
     lies: frozenset[Chunk] = frozenset()
@@ -234,7 +235,7 @@ class SwarmWorld:
         if source.name in self.workers or self.now >= source.leaves_at:
             return
         self.workers[source.name] = Worker(source)
-        self.planner.add_source(self.now, source.name, source.kind)
+        self.planner.add_source(self.now, source.name, source.kind, distance=source.distance)
         claims = source.claims if source.claims is not None else source.holds
         if claims is None:
             self.planner.source_holds_all(self.now, source.name)

@@ -201,6 +201,63 @@ def test_behind_a_forwarder_it_stays_in_tls(tmp_path: Path, sent_files: list[int
     assert not sent_files
 
 
+def member(number: int, key: bytes | None) -> BulkIdentity:
+    """Return an identity that has opted in, in a private network."""
+    pair = create_new_key_pair(bytes([number]) * 32)
+    return BulkIdentity(pair, may_clear=True, network_key=key)
+
+
+def test_in_a_private_network_it_goes_in_the_clear_over_any_wire(
+    tmp_path: Path, sent_files: list[int]
+) -> None:
+    key = bytes(range(32))
+    with (
+        file_server(tmp_path / "file", member(100, key)) as server,
+        forwarder(server.address) as (address, seen),
+    ):
+        connection = connect(address, member(1, key))
+        assert connection.is_clear
+        assert take(connection, 0, len(OBJECT.data)) == OBJECT.data
+        connection.close()
+    assert OBJECT.data in seen
+    assert sum(sent_files) == len(OBJECT.data)
+    assert key not in seen and key.hex().encode() not in seen
+
+
+@pytest.mark.parametrize("keys", [(b"a" * 32, b"b" * 32), (None, b"b" * 32), (b"a" * 32, None)])
+def test_members_of_two_networks_stay_in_tls(
+    tmp_path: Path, sent_files: list[int], keys: tuple[bytes | None, bytes | None]
+) -> None:
+    with file_server(tmp_path / "file", member(100, keys[0])) as server:
+        connection = connect(server.address, member(1, keys[1]))
+        assert not connection.is_clear
+        assert take(connection, 0, len(OBJECT.data)) == OBJECT.data
+        assert not sent_files
+        connection.close()
+
+
+def test_the_mark_of_a_network_is_its_key_and_who_asks_whom() -> None:
+    key = bytes(32)
+    mark = bulk_clear.network_mark(key, "client", "server")
+    others = [(key, "server", "client"), (b"x" * 32, "client", "server")]
+    assert mark not in [bulk_clear.network_mark(*other) for other in others]
+
+
+def test_a_member_offers_it_at_any_address_and_only_if_told_to() -> None:
+    class Far(socket.socket):
+        def getsockname(self) -> tuple[str, int]:
+            return "10.0.0.1", 1
+
+        def getpeername(self) -> tuple[str, int]:
+            return "10.0.0.2", 2
+
+    who = member(1, bytes(32))
+    careful = BulkIdentity(create_new_key_pair(bytes(32)), network_key=bytes(32))
+    with Far() as sock:
+        assert bulk_clear.context_for(who, sock, server_side=True) is who.clear_server_context
+        assert bulk_clear.context_for(careful, sock, server_side=True) is careful.server_context
+
+
 def test_somebody_else_is_found_out_before_anything_is_in_the_clear(tmp_path: Path) -> None:
     with (
         file_server(tmp_path / "file", clear_identity(101)) as server,
@@ -396,7 +453,7 @@ def test_a_reader_that_stops_is_given_up(tmp_path: Path) -> None:
 def test_abort_wakes_a_reader_in_the_clear() -> None:
     def go_clear(secured: ssl.SSLSocket) -> None:
         end = time.monotonic() + WAIT_S
-        assert bulk_clear.agree(secured, end, server_side=True)
+        assert bulk_clear.agree(secured, clear_identity(100), "", end, server_side=True)
         bulk_clear.end_tls(secured, end)
 
     with hostile_server(go_clear) as address:
