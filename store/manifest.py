@@ -28,152 +28,41 @@ for, and nobody checks here that objects hold what they are named for.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, NoReturn
+from itertools import islice
+from typing import NamedTuple
 
 import msgpack
 
 from .cid import model_cid
-from .digest import CHUNK_SIZE, DIGEST_SIZE, EMPTY_DIGEST, MAX_OBJECT_SIZE, digest_of
-from .dtypes import MAX_DIMENSIONS
+from .digest import digest_of
 from .errors import BadInput
-from .manifest_rules import check_parts, check_recipes, check_tensors, in_file_order
+from .manifest_reader import BLOCK_ROWS, Reader
+from .manifest_rows import (
+    MAX_FILES,
+    MAX_MANIFEST_BYTES,
+    MAX_OBJECTS,
+    MAX_PARTS,
+    MAX_RECIPES,
+    MAX_TENSORS,
+    VERSION,
+    VERSION_WITH_RECIPES,
+    FileEntry,
+    NamedTensor,
+    Recipe,
+    RecipeSpec,
+)
+from .manifest_rules import check_objects, check_parts, check_recipes, check_tensors, in_file_order
 from .names import check_paths, quoted
-from .recipes import MAX_DIMENSIONS as MAX_RECIPE_DIMENSIONS
-from .recipes import MAX_INPUTS
+from .object_table import ObjectRef, ObjectTable
 
-VERSION = 1
-"""Version of the encoding; the first field of every manifest."""
-
-VERSION_WITH_RECIPES = 2
-"""Version for a model that has recipes, or tensors that are in no part of their own file."""
-
-MAX_MANIFEST_BYTES = 64 << 20
-"""Longest encoding. A tensor takes about 130 bytes, so this holds half a million;
-the largest published models have some 200,000."""
-
-MAX_OBJECTS = 1 << 20
-"""Most objects: MAX_TENSORS tensors, and as many blobs again."""
-
-MAX_TENSORS = 1 << 19
-"""Most named tensors in all files: as many as MAX_MANIFEST_BYTES has room for."""
-
-MAX_FILES = 1 << 16
-"""Most files. Published models have some hundreds; each costs a file on disk."""
-
-MAX_PARTS = 1 << 20
-"""Most parts in all files. A repeated part takes only 2 bytes of a manifest, so
-without this limit a small one could describe a file of endless pieces."""
-
-MAX_RECIPES = 1 << 19
-"""Most recipes: one for each tensor, as in a model of compressed arrays."""
-
-MAX_RECIPE_PARAMETERS = 3 + 2 * MAX_RECIPE_DIMENSIONS
-"""Most parameters of a recipe: those of the kind ``strided``."""
-
-_LONGEST_ARRAY = max(MAX_OBJECTS, MAX_TENSORS, MAX_FILES, MAX_PARTS)
-
-
-class ObjectRef(NamedTuple):
-    """A tensor or blob.
-
-    Attributes
-    ----------
-    digest : bytes
-        BLAKE3-256 of the bytes.
-    size_bytes : int
-        Length in bytes.
-    chunk_list : bytes
-        Digest of the chunk list for an object of more than one chunk, else empty.
-    """
-
-    digest: bytes
-    size_bytes: int
-    chunk_list: bytes
-
-
-class Recipe(NamedTuple):
-    """Bytes that are made from objects.
-
-    Attributes
-    ----------
-    digest : bytes
-        BLAKE3-256 of what is made.
-    size_bytes : int
-        Length of what is made.
-    kind : str
-        One of the kinds in ``recipes.py``.
-    parameters : tuple of int
-        The kind's parameters.
-    inputs : tuple of int
-        Indices of the objects that it is made from.
-    """
-
-    digest: bytes
-    size_bytes: int
-    kind: str
-    parameters: tuple[int, ...]
-    inputs: tuple[int, ...]
-
-
-class RecipeSpec(NamedTuple):
-    """A recipe before its manifest is built: `inputs` are objects."""
-
-    digest: bytes
-    size_bytes: int
-    kind: str
-    parameters: tuple[int, ...]
-    inputs: tuple[ObjectRef, ...]
-
-
-class NamedTensor(NamedTuple):
-    """A tensor as one file names it.
-
-    Attributes
-    ----------
-    name : str
-        Unique within the file.
-    dtype : str
-        A name from ``dtypes.DTYPE_BITS``.
-    shape : tuple of int
-        Length of each dimension.
-    object_index : int
-        Which of the manifest's objects has the tensor's bytes; beyond the last one,
-        which of its recipes makes them.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    object_index: int
-
-
-@dataclass(frozen=True, slots=True)
-class FileEntry:
-    """A file of a model.
-
-    Attributes
-    ----------
-    path : str
-        Relative path, with ``/`` between its parts.
-    size_bytes : int
-        Length in bytes, the sum of the parts'.
-    format : str
-        Which parser found the tensors: ``"safetensors"``, ``"verbatim"``.
-    parts : tuple of int
-        Indices of the objects whose bytes, concatenated, are the file; beyond the last
-        object, of recipes.
-    tensors : tuple of NamedTensor
-        The tensors in the file, in file order.
-    """
-
-    path: str
-    size_bytes: int
-    format: str
-    parts: tuple[int, ...]
-    tensors: tuple[NamedTensor, ...]
+__all__ = [
+    "MAX_FILES", "MAX_MANIFEST_BYTES", "MAX_OBJECTS", "MAX_PARTS", "MAX_RECIPES", "MAX_TENSORS",
+    "VERSION", "VERSION_WITH_RECIPES", "FileEntry", "Manifest", "ManifestBuilder", "NamedTensor",
+    "ObjectRef", "Recipe", "RecipeSpec",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -182,8 +71,8 @@ class Manifest:
 
     Parameters
     ----------
-    objects : tuple of ObjectRef
-        Sorted by digest.
+    objects : sequence of ObjectRef
+        Sorted by digest: a tuple, or an `ObjectTable`.
     files : tuple of FileEntry
         Sorted by path.
     recipes : tuple of Recipe
@@ -195,7 +84,7 @@ class Manifest:
         A rule in this module's header is broken.
     """
 
-    objects: tuple[ObjectRef, ...]
+    objects: Sequence[ObjectRef]
     files: tuple[FileEntry, ...]
     recipes: tuple[Recipe, ...] = ()
 
@@ -211,15 +100,19 @@ class Manifest:
             A rule is broken; the message says which.
         """
         _check_counts(self)
-        _check_objects(self.objects)
+        if not isinstance(self.objects, ObjectTable):  # that one was checked on its way in
+            check_objects(self.objects)
         _check_paths(self.files)
         check_recipes(self.recipes, self.objects)
         sizes = self._sizes
         used = bytearray(len(sizes))
+        is_in_order = True
         for entry in self.files:
             try:
+                tensors = tuple(entry.tensors)
                 check_parts(entry, sizes, used)
-                check_tensors(entry, sizes, used, len(self.objects))
+                check_tensors(tensors, sizes, used, len(self.objects))
+                is_in_order = is_in_order and in_file_order(entry.parts, tensors, sizes)
             except BadInput as error:
                 raise BadInput(f"file {quoted(entry.path)}: {error}") from error
         for recipe in self.recipes:
@@ -229,18 +122,20 @@ class Manifest:
         if unused >= 0:
             what = "object" if unused < len(self.objects) else "recipe"
             raise BadInput(f"{what} {unused} is used by no file")
+        is_plain = is_in_order and not self.recipes
+        self.__dict__["version"] = VERSION if is_plain else VERSION_WITH_RECIPES
 
     @cached_property
-    def _sizes(self) -> list[int]:
+    def _sizes(self) -> Sequence[int]:
         """Sizes by index, of objects and then of recipes."""
-        return [item.size_bytes for item in self.objects] + [r.size_bytes for r in self.recipes]
+        objects = self.objects
+        known = objects.sizes if isinstance(objects, ObjectTable) else [r[1] for r in objects]
+        return [*known, *(r.size_bytes for r in self.recipes)] if self.recipes else known
 
     @cached_property
     def version(self) -> int:
         """Version of the encoding: 1 if that can say it all."""
-        if self.recipes or not all(in_file_order(file, self._sizes) for file in self.files):
-            return VERSION_WITH_RECIPES
-        return VERSION
+        raise AssertionError("set by `validate`")
 
     def size_of(self, index: int) -> int:
         """Return the size in bytes of an object or, beyond the last one, of a recipe."""
@@ -275,15 +170,35 @@ class Manifest:
         BadInput
             The encoding is longer than ``MAX_MANIFEST_BYTES``.
         """
-        files = [
-            (entry.path, entry.size_bytes, entry.format, entry.parts, entry.tensors)
-            for entry in self.files
-        ]
-        fields = (self.version, self.objects, files)
-        data: bytes = msgpack.packb(fields if self.version == VERSION else (*fields, self.recipes))
+        if self._encoded:
+            return self._encoded
+        data = b"".join(self._pieces())
         if len(data) > MAX_MANIFEST_BYTES:
             raise BadInput(f"a manifest of {len(data)} bytes, at most {MAX_MANIFEST_BYTES}")
         return data
+
+    @cached_property
+    def _encoded(self) -> bytes:
+        """The canonical encoding, where it is at hand: a decoded manifest rests on it."""
+        return b""
+
+    def _pieces(self) -> Iterator[bytes]:
+        """Yield the canonical encoding, a bounded part at a time."""
+        packer = msgpack.Packer()
+        has_recipes = self.version != VERSION
+        yield packer.pack_array_header(4 if has_recipes else 3) + packer.pack(self.version)
+        yield packer.pack_array_header(len(self.objects))
+        yield from _packed(packer, self.objects)
+        yield packer.pack_array_header(len(self.files))
+        for entry in self.files:
+            yield packer.pack_array_header(5) + b"".join(
+                [packer.pack(each) for each in (entry.path, entry.size_bytes, entry.format)]
+            )
+            yield packer.pack(entry.parts)
+            yield packer.pack_array_header(len(entry.tensors))
+            yield from _packed(packer, entry.tensors)
+        if has_recipes:
+            yield packer.pack(self.recipes)
 
     @classmethod
     def decode(cls, data: bytes) -> Manifest:
@@ -292,7 +207,7 @@ class Manifest:
         Parameters
         ----------
         data : bytes
-            An encoding, from anyone.
+            An encoding, from anyone. It is kept: the tensors are read from it.
 
         Raises
         ------
@@ -303,15 +218,21 @@ class Manifest:
         if len(data) > MAX_MANIFEST_BYTES:
             raise BadInput(f"a manifest of {len(data)} bytes, at most {MAX_MANIFEST_BYTES}")
         try:
-            manifest = cls(*_Reader(data).manifest())
+            manifest = cls(*Reader(data).manifest())
         except (ValueError, msgpack.UnpackException) as error:
             raise BadInput(f"not a manifest: {error}") from error
         except BadInput as error:
             raise BadInput(f"bad manifest: {error}") from error
         # One comparison settles all that makes an encoding canonical: shortest
         # integers and headers, no bytes after the end.
-        if manifest.encode() != data:
+        start = 0
+        for piece in manifest._pieces():
+            if not data.startswith(piece, start):
+                raise BadInput("bad manifest: its encoding is not canonical")
+            start += len(piece)
+        if start != len(data):
             raise BadInput("bad manifest: its encoding is not canonical")
+        manifest.__dict__["_encoded"] = data
         return manifest
 
     @cached_property
@@ -448,119 +369,6 @@ class _PendingFile(NamedTuple):
     tensors: Sequence[tuple[str, str, Sequence[int], ObjectRef | RecipeSpec]]
 
 
-class _Reader:
-    """Reads the fields of an encoded manifest, each of the one type it may have.
-
-    The unpacker is never let loose on an array: it reads one scalar at a time,
-    and array headers are read and counted here. An array or map in place of a
-    scalar is refused as soon as the innermost one is complete. So memory grows
-    with what was asked for, and not with what the bytes claim or nest.
-    """
-
-    def __init__(self, data: bytes) -> None:
-        unpacker = msgpack.Unpacker(
-            raw=False,
-            max_buffer_size=MAX_MANIFEST_BYTES,
-            max_array_len=_LONGEST_ARRAY,
-            max_map_len=0,
-            list_hook=_refuse_container,
-            object_hook=_refuse_container,
-        )
-        unpacker.feed(data)
-        self._scalar: Any = unpacker.unpack
-        self._header: Any = unpacker.read_array_header
-        self._parts_left = MAX_PARTS
-        self._tensors_left = MAX_TENSORS
-
-    def manifest(
-        self,
-    ) -> tuple[tuple[ObjectRef, ...], tuple[FileEntry, ...], tuple[Recipe, ...]]:
-        fields: int = self._header()
-        if fields not in (3, 4):
-            raise BadInput("a manifest does not have 3 fields, or 4 with recipes")
-        version = self._scalar()
-        if type(version) is not int or version not in (VERSION, VERSION_WITH_RECIPES):
-            raise BadInput(
-                f"version {quoted(str(version))}, only {VERSION} and {VERSION_WITH_RECIPES} "
-                "are known"
-            )
-        if fields != (3 if version == VERSION else 4):
-            raise BadInput(f"a manifest of version {version} does not have {fields} fields")
-        objects = tuple([self._object() for _ in range(self._array(MAX_OBJECTS, "objects"))])
-        files = tuple([self._file() for _ in range(self._array(MAX_FILES, "files"))])
-        if version == VERSION:
-            return objects, files, ()
-        recipes = tuple([self._recipe() for _ in range(self._array(MAX_RECIPES, "recipes"))])
-        return objects, files, recipes
-
-    def _recipe(self) -> Recipe:
-        self._tuple(5, "recipe")
-        scalar = self._scalar
-        digest, size_bytes, kind = scalar(), scalar(), scalar()
-        if type(digest) is not bytes or type(size_bytes) is not int or type(kind) is not str:
-            raise BadInput("a recipe is not a digest, a size and a kind")
-        count = self._array(MAX_RECIPE_PARAMETERS, "parameters")
-        parameters = self._integers(count, "parameters")
-        inputs = self._integers(self._array(MAX_INPUTS, "inputs"), "inputs")
-        return Recipe(digest, size_bytes, kind, parameters, inputs)
-
-    def _object(self) -> ObjectRef:
-        self._tuple(3, "object")
-        scalar = self._scalar
-        item = ObjectRef(scalar(), scalar(), scalar())
-        if (
-            type(item.digest) is not bytes
-            or type(item.size_bytes) is not int
-            or type(item.chunk_list) is not bytes
-        ):
-            raise BadInput("an object is not a digest, a size and a chunk list")
-        return item
-
-    def _file(self) -> FileEntry:
-        self._tuple(5, "file")
-        path, size_bytes, format_name = self._scalar(), self._scalar(), self._scalar()
-        if type(path) is not str or type(size_bytes) is not int or type(format_name) is not str:
-            raise BadInput("a file is not a path, a size and a format")
-        part_count = self._array(self._parts_left, "parts")
-        self._parts_left -= part_count
-        parts = self._integers(part_count, "parts")
-        tensor_count = self._array(self._tensors_left, "tensors")
-        self._tensors_left -= tensor_count
-        tensors = tuple([self._tensor() for _ in range(tensor_count)])
-        return FileEntry(path, size_bytes, format_name, parts, tensors)
-
-    def _tensor(self) -> NamedTensor:
-        self._tuple(4, "tensor")
-        name, dtype = self._scalar(), self._scalar()
-        shape = self._integers(self._array(MAX_DIMENSIONS, "dimensions"), "dimensions")
-        object_index = self._scalar()
-        if type(name) is not str or type(dtype) is not str or type(object_index) is not int:
-            raise BadInput("a tensor is not a name, a dtype, a shape and an object's index")
-        return NamedTensor(name, dtype, shape, object_index)
-
-    def _tuple(self, length: int, what: str) -> None:
-        if self._header() != length:
-            raise BadInput(f"a {what} does not have {length} fields")
-
-    def _array(self, limit: int, what: str) -> int:
-        count: int = self._header()
-        if count > limit:
-            raise BadInput(f"too many {what}")
-        return count
-
-    def _integers(self, count: int, what: str) -> tuple[int, ...]:
-        scalar = self._scalar
-        values = tuple([scalar() for _ in range(count)])
-        for value in values:
-            if type(value) is not int:
-                raise BadInput(f"{what} that are not integers")
-        return values
-
-
-def _refuse_container(_: object) -> NoReturn:
-    raise BadInput("an array or map where a single value belongs")
-
-
 def _check_counts(manifest: Manifest) -> None:
     if not manifest.files:
         raise BadInput("a model without files")
@@ -575,24 +383,15 @@ def _check_counts(manifest: Manifest) -> None:
             raise BadInput(f"{count} {what}, at most {limit}")
 
 
-def _check_objects(objects: Sequence[ObjectRef]) -> None:
-    previous = b""
-    for position, (digest, size_bytes, chunk_list) in enumerate(objects):
-        if len(digest) != DIGEST_SIZE:
-            raise BadInput(f"object {position} has a digest of {len(digest)} bytes")
-        if digest <= previous:
-            raise BadInput(f"object {position} is not in the order of digests, or is there twice")
-        if not 0 <= size_bytes <= MAX_OBJECT_SIZE:
-            raise BadInput(f"object {position} is of {size_bytes} bytes, at most {MAX_OBJECT_SIZE}")
-        if (size_bytes == 0) != (digest == EMPTY_DIGEST):
-            raise BadInput(f"object {position} has the digest of no bytes, or should have it")
-        if len(chunk_list) != (DIGEST_SIZE if size_bytes > CHUNK_SIZE else 0):
-            raise BadInput(f"object {position} lacks a chunk list, or should not have one")
-        previous = digest
-
-
 def _check_paths(files: Sequence[FileEntry]) -> None:
     check_paths(entry.path for entry in files)
     for i in range(1, len(files)):
         if files[i - 1].path >= files[i].path:
             raise BadInput(f"file {quoted(files[i].path)} is not in the order of paths")
+
+
+def _packed(packer: msgpack.Packer, rows: Iterable[object]) -> Iterator[bytes]:
+    """Yield the encodings of many rows, some at a time."""
+    rest = map(packer.pack, rows)
+    while part := b"".join(islice(rest, BLOCK_ROWS)):
+        yield part

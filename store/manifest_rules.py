@@ -10,14 +10,14 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .digest import DIGEST_SIZE, MAX_OBJECT_SIZE
+from .digest import CHUNK_SIZE, DIGEST_SIZE, EMPTY_DIGEST, MAX_OBJECT_SIZE
 from .dtypes import tensor_size_bytes
 from .errors import BadInput
 from .names import check_tensor_name, quoted
 from .recipes import check_recipe
 
 if TYPE_CHECKING:
-    from .manifest import FileEntry, ObjectRef, Recipe
+    from .manifest_rows import FileEntry, NamedTensor, ObjectRef, Recipe
 
 FORMAT_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,31}", re.ASCII)
 """Format names are only passed on, so that a node can carry formats it cannot parse."""
@@ -25,6 +25,8 @@ FORMAT_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,31}", re.ASCII)
 
 def check_recipes(recipes: Sequence[Recipe], objects: Sequence[ObjectRef]) -> None:
     """Check what recipes make and are made from."""
+    if not recipes:
+        return
     kept = {item.digest for item in objects}
     previous = b""
     for position, recipe in enumerate(recipes):
@@ -37,6 +39,23 @@ def check_recipes(recipes: Sequence[Recipe], objects: Sequence[ObjectRef]) -> No
         sizes = [objects[index].size_bytes for index in recipe.inputs]
         check_recipe(recipe.kind, recipe.parameters, sizes, recipe.size_bytes)
         previous = recipe.digest
+
+
+def check_objects(objects: Sequence[ObjectRef], start: int = 0, previous: bytes = b"") -> bytes:
+    """Check objects from position `start` on, behind `previous`; return the last digest."""
+    for position, (digest, size_bytes, chunk_list) in enumerate(objects, start):
+        if len(digest) != DIGEST_SIZE:
+            raise BadInput(f"object {position} has a digest of {len(digest)} bytes")
+        if digest <= previous:
+            raise BadInput(f"object {position} is not in the order of digests, or is there twice")
+        if not 0 <= size_bytes <= MAX_OBJECT_SIZE:
+            raise BadInput(f"object {position} is of {size_bytes} bytes, at most {MAX_OBJECT_SIZE}")
+        if (size_bytes == 0) != (digest == EMPTY_DIGEST):
+            raise BadInput(f"object {position} has the digest of no bytes, or should have it")
+        if len(chunk_list) != (DIGEST_SIZE if size_bytes > CHUNK_SIZE else 0):
+            raise BadInput(f"object {position} lacks a chunk list, or should not have one")
+        previous = digest
+    return previous
 
 
 def check_parts(entry: FileEntry, sizes: Sequence[int], used: bytearray) -> None:
@@ -59,11 +78,11 @@ def check_parts(entry: FileEntry, sizes: Sequence[int], used: bytearray) -> None
 
 
 def check_tensors(
-    entry: FileEntry, sizes: Sequence[int], used: bytearray, first_recipe: int
+    tensors: Sequence[NamedTensor], sizes: Sequence[int], used: bytearray, first_recipe: int
 ) -> None:
     """Check the tensors of a file, and note the recipes and empty objects they use."""
     names: set[str] = set()
-    for name, dtype, shape, index in entry.tensors:
+    for name, dtype, shape, index in tensors:
         check_tensor_name(name)
         if name in names:
             raise BadInput(f"tensor {quoted(name)} is there twice")
@@ -80,10 +99,12 @@ def check_tensors(
             used[index] = 1
 
 
-def in_file_order(entry: FileEntry, sizes: Sequence[int]) -> bool:
+def in_file_order(
+    parts: Sequence[int], tensors: Sequence[NamedTensor], sizes: Sequence[int]
+) -> bool:
     """Tell whether each tensor is a part of its file, none before the one ahead of it."""
-    parts, position = entry.parts, 0
-    for tensor in entry.tensors:
+    position = 0
+    for tensor in tensors:
         if not sizes[tensor.object_index]:
             continue
         # One walk along the parts finds them all; a tied tensor stays where it stands.

@@ -15,6 +15,7 @@ import msgpack
 import pytest
 
 from tensorswarm.store import manifest as limits
+from tensorswarm.store import manifest_reader
 from tensorswarm.store import names
 from tensorswarm.store.digest import (
     CHUNK_SIZE,
@@ -396,9 +397,14 @@ def test_counts_are_limited(limit: str, what: str, monkeypatch: pytest.MonkeyPat
     manifest = example()  # 4 files, 5 objects, 5 parts, 3 tensors
     counts = {"files": 4, "objects": 5, "parts": 5, "tensors": 3}
     data = manifest.encode()
-    monkeypatch.setattr(limits, limit, counts[what])
+
+    def allow(count: int) -> None:
+        for module in (limits, manifest_reader):
+            monkeypatch.setattr(module, limit, count)
+
+    allow(counts[what])
     assert Manifest.decode(data) == manifest
-    monkeypatch.setattr(limits, limit, counts[what] - 1)
+    allow(counts[what] - 1)
     with pytest.raises(BadInput, match=f"too many {what}"):
         Manifest.decode(data)
     with pytest.raises(BadInput, match=f"{counts[what]} {what}, at most"):
