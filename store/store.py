@@ -186,6 +186,7 @@ class Store(WholeObjects):
         """Keep a model's manifest under its id; `name` is for people."""
         digest = self.put_blob(manifest.encode())
         self.index.write(lambda db: _insert_model(db, manifest, digest, name))
+        self._know(digest, manifest)
 
     def put_complete(
         self,
@@ -244,11 +245,14 @@ class Store(WholeObjects):
         if data is None or digest_of(data) != digest:
             return None
         known = Manifest.decode(data)
-        with self._manifests_lock:
-            if len(self._manifests) >= MAX_KNOWN_MANIFESTS:
-                self._manifests.pop(next(iter(self._manifests)))
-            self._manifests[digest] = known
+        self._know(digest, known)
         return known
+
+    def _know(self, digest: bytes, manifest: Manifest) -> None:
+        with self._manifests_lock:
+            if digest not in self._manifests and len(self._manifests) >= MAX_KNOWN_MANIFESTS:
+                self._manifests.pop(next(iter(self._manifests)))
+            self._manifests[digest] = manifest
 
     def models(self) -> list[ModelRecord]:
         """Return the models kept here, newest first."""

@@ -15,8 +15,7 @@ import msgpack
 import pytest
 
 from tensorswarm.store import manifest as limits
-from tensorswarm.store import manifest_reader
-from tensorswarm.store import names
+from tensorswarm.store import manifest_reader, names
 from tensorswarm.store.digest import (
     CHUNK_SIZE,
     EMPTY_DIGEST,
