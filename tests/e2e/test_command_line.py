@@ -24,8 +24,9 @@ from tests.support.swarm_processes import Completed, Node, Processes, environmen
 
 pytestmark = pytest.mark.e2e
 
-ENDS_WITHIN_S = 5.0
-"""In this time a command that was asked to end has ended; a person waits for it."""
+ENDS_WITHIN_S = 20.0
+"""In this time a command that was asked to end has ended, on the busiest machine. Its own
+time-outs, which it would otherwise wait for, are longer."""
 
 
 # ---- what comes in

@@ -23,11 +23,14 @@ from tests.support.swarm_processes import Node, Processes
 
 pytestmark = pytest.mark.e2e
 
-REPLACED_WITHIN_S = 5.0
-"""In this time a source that fell silent is replaced."""
+REPLACED_WITHIN_S = 25.0
+"""In this time a source that fell silent is replaced, even on a machine that does five
+things at once; else the fetch would give up after 30 s. That it takes less than 5 s where
+nothing else runs, tests/unit/test_swarm_time.py shows in virtual time."""
 
-START_AND_END_S = 5.0
-"""What a command may take besides its time-out: libp2p's import is most of it."""
+START_AND_END_S = 25.0
+"""What a command may take besides its time-out, on such a machine: libp2p's import, 1 s on
+a quiet one, is most of it."""
 
 NOBODY = "12D3KooWEyoppNCUx8Yx66oV9fJnriXwCcXwDDUA2kj6vnc6iDEp"
 """A peer id that no process has."""
@@ -150,12 +153,10 @@ def test_a_peer_that_claims_what_it_lacks(
 def test_peers_that_fall_silent_are_replaced(
     processes: Processes, middling: Model, tmp_path: Path
 ) -> None:
-    """One peer stopped and one killed in mid-transfer are replaced within 5 s.
+    """One peer stopped and one killed in mid-transfer are replaced, not waited for.
 
-    Measured by this test's own clock, from the signals to the end of the fetch: from
-    then on the third peer gives without a limit, so what is left takes a fraction of a
-    second, and the rest is the time for which the silent ones were waited for. The
-    fetch cannot end without the chunks that they were asked for.
+    From the signals on the third peer gives without a limit. The fetch cannot end
+    without the chunks that the silent ones were asked for.
     """
     slow = ("--rate", str(4 * MIB))
     names = ("stopped", "killed", "other")

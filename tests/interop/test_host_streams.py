@@ -318,7 +318,7 @@ def test_closing_does_not_wait_for_a_peer_that_is_frozen() -> None:
                 assert sock is not None
                 nursery.cancel_scope.cancel()
                 begun = trio.current_time()
-            assert trio.current_time() - begun < 2
+            assert trio.current_time() - begun < 20
             assert sock.fileno() == -1
 
     run(main)
