@@ -7,8 +7,9 @@ chunks inside a block is a 256-bit integer, so that one operation of the
 interpreter handles 256 chunks and the cost of a decision does not depend on
 the number of chunks.
 
-A chunk is *proved*, *free* (nobody was asked for it) or neither, that is, in
-flight. Positions that only fill up a block count as proved.
+A chunk is *proved*, *free* (nobody was asked for it), *unready* (it cannot be asked for
+yet, and counts as free in bytes) or none of these, that is, in flight. Positions that only
+fill up a block count as proved.
 
 Rarity is the number of present sources that hold a chunk, where sources that
 hold everything are left out: they raise every count alike. The counts of a
@@ -52,6 +53,8 @@ class ChunkMap:
         For some objects a priority other than 0; lower numbers come first.
     max_chunks, max_priorities : int
         See `PlannerLimits`.
+    unready : iterable of int
+        Objects that cannot be asked for yet; see `make_ready`.
 
     Raises
     ------
@@ -67,8 +70,9 @@ class ChunkMap:
         *,
         max_chunks: int,
         max_priorities: int,
+        unready: Iterable[int] = (),
     ) -> None:
-        if any(not 0 <= size <= MAX_OBJECT_SIZE for size in sizes_bytes):
+        if len(sizes_bytes) and not 0 <= min(sizes_bytes) <= max(sizes_bytes) <= MAX_OBJECT_SIZE:
             raise BadInput("an object's size is negative or too large")
         self._sizes = array("q", sizes_bytes)
         self.missing_chunks = sum(map(chunk_count, self._sizes))
@@ -82,6 +86,13 @@ class ChunkMap:
         self.free_bytes = self.missing_bytes
         for object_index, bitmap in proved.items():
             self._mark_proved(object_index, bitmap)
+        self.unready: dict[int, int] = {}
+        self.unready_chunks = 0
+        for block, mask in self.spread_whole(unready):
+            if held_back := mask & self.free[block]:
+                self.unready[block] = self.unready.get(block, 0) | held_back
+                self.unready_chunks += held_back.bit_count()
+                self.free[block] &= ~mask
 
     def _lay_out(self, priorities: Mapping[int, int], max_priorities: int) -> None:
         """Give every object its positions, and every priority its blocks."""
@@ -161,6 +172,11 @@ class ChunkMap:
         place = bisect_right(self._starts, position) - 1
         return self._objects[place], position - self._starts[place]
 
+    def extent(self, position: int) -> tuple[int, int]:
+        """Return the object at a position, and how many of its chunks lie from there on."""
+        object_index, chunk = self.locate(position)
+        return object_index, chunk_count(self._sizes[object_index]) - chunk
+
     def size_at(self, position: int) -> int:
         """Return the bytes of the chunk at a position."""
         object_index, chunk = self.locate(position)
@@ -188,15 +204,21 @@ class ChunkMap:
 
     def spread_whole(self, object_indices: Iterable[int]) -> Iterator[tuple[int, int]]:
         """Yield (block, set) for whole objects, those in one block together."""
-        first, sizes, limit = self._first, self._sizes, len(self._sizes)
-        small: dict[int, int] = {}
+        start = stop = 0
+        scattered: dict[int, int] = {}
         for object_index in object_indices:
-            if not 0 <= object_index < limit or not 0 < sizes[object_index] <= CHUNK_SIZE:
-                yield from self.spread(object_index, None)
-                continue
-            block, offset = divmod(first[object_index], BLOCK_CHUNKS)
-            small[block] = small.get(block, 0) | 1 << offset
-        yield from small.items()
+            count = chunk_count(self._size_of(object_index))
+            first = self._first[object_index]
+            if count and first == stop:  # next to the one before: one run
+                stop += count
+            elif count == 1:
+                block, offset = divmod(first, BLOCK_CHUNKS)
+                scattered[block] = scattered.get(block, 0) | 1 << offset
+            elif count:
+                yield from _cut(start, stop)
+                start, stop = first, first + count
+        yield from _cut(start, stop)
+        yield from scattered.items()
 
     def fit(
         self, position: int, width: int, room_bytes: int, max_spans: int
@@ -250,6 +272,21 @@ class ChunkMap:
         self.free[position // BLOCK_CHUNKS] |= 1 << position % BLOCK_CHUNKS
         self.free_bytes += self.size_at(position)
 
+    def make_ready(self, object_indices: Iterable[int]) -> Iterator[tuple[int, int]]:
+        """Let unready objects be asked for; yield (block, set) of what is free now."""
+        for block, mask in self.spread_whole(object_indices):
+            now_ready = self.unready.get(block, 0) & mask
+            if now_ready:
+                self._end_unready(block, now_ready)
+                self.free[block] |= now_ready
+                yield block, now_ready
+
+    def _end_unready(self, block: int, mask: int) -> None:
+        self.unready_chunks -= mask.bit_count()
+        self.unready[block] ^= mask
+        if not self.unready[block]:
+            del self.unready[block]
+
     def prove(self, position: int, size: int | None = None) -> bool:
         """Note a chunk as proved; return whether it was missing until now.
 
@@ -265,6 +302,9 @@ class ChunkMap:
         self.missing_bytes -= size
         if self.free[block] & bit:
             self.take(block, bit, size)
+        elif self.unready.get(block, 0) & bit:
+            self._end_unready(block, bit)
+            self.free_bytes -= size
         return True
 
     # rarity
@@ -338,3 +378,12 @@ class ChunkMap:
                 end = offset - chunk + chunk_count(self._sizes[object_index])
                 mask = mask >> end << end
         return sorted(found)
+
+
+def _cut(start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Yield (block, set) for the positions from `start` to before `stop`."""
+    while start < stop:
+        block, offset = divmod(start, BLOCK_CHUNKS)
+        width = min(BLOCK_CHUNKS - offset, stop - start)
+        yield block, (1 << width) - 1 << offset
+        start += width

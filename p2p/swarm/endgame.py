@@ -89,6 +89,8 @@ class EndGame:
     def draft_copies(self, now: float, source: SourceState, room_bytes: int) -> Draft:
         """Choose chunks in flight elsewhere that `source` should have sooner."""
         limits = self._limits
+        if self._chunks.unready:  # there is more to come that nobody is asked for
+            return Draft(0, limits.max_request_spans)
         if self._owners is None:
             self._owners = self._latest_owners(now)
         selection = _Selection(min(room_bytes, limits.max_copy_chunks * CHUNK_SIZE))

@@ -25,6 +25,7 @@ million, apart from one pass over the blocks when the members on duty change.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 
@@ -85,7 +86,7 @@ class OriginDuty:
         self._chunks = chunks
         self._sources = sources
         self._counted_origins = 0
-        self._keys = [int.from_bytes(key[:8].ljust(8, b"\0"), "little") for key in keys]
+        self._keys = array("Q", [int.from_bytes(key[:8].ljust(8, b"\0"), "little") for key in keys])
         self._limits = limits
         self._on_duty: tuple[int, ...] = ()
         self._me = 0

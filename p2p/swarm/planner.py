@@ -48,6 +48,7 @@ from .flights import Flights
 from .nearness import Nearness
 from .origin_duty import OriginDuty
 from .picker import Draft, Picker
+from .readiness import Readiness
 from .source import Failure
 from .source_state import OpenRequest, SourceState
 from .source_table import SourceTable
@@ -63,6 +64,7 @@ from .types import (
     SourceStatistics,
     Statistics,
 )
+from .view import PlannerView
 
 __all__ = [
     "Action", "Ask", "Cancel", "Drop", "PassOn", "Planner", "PlannerLimits", "Priority",
@@ -73,7 +75,7 @@ _NONE: Mapping[int, int] = MappingProxyType({})
 _NO_BITMAPS: Mapping[int, bytes] = MappingProxyType({})
 
 
-class Planner:
+class Planner(PlannerView):
     """Decides what to ask of whom in one download.
 
     Parameters
@@ -92,6 +94,8 @@ class Planner:
     keys : sequence of bytes, optional
         What each object is called in the whole swarm (its digest); needed to share
         origin duty with members that want other objects besides.
+    unready : iterable of int, optional
+        Objects that nobody is asked for until `make_ready`.
 
     Raises
     ------
@@ -109,6 +113,7 @@ class Planner:
         priorities: Mapping[int, Priority] = _NONE,
         limits: PlannerLimits | None = None,
         keys: Sequence[bytes] | None = None,
+        unready: Iterable[int] = (),
     ) -> None:
         self.limits = limits or PlannerLimits()
         self._chunks = ChunkMap(
@@ -117,10 +122,12 @@ class Planner:
             priorities,
             max_chunks=self.limits.max_chunks,
             max_priorities=self.limits.max_priorities,
+            unready=unready,
         )
         self._picker = Picker(self._chunks, rng, self.limits)
         self._table = SourceTable(self._chunks, self.limits)
         self._sources = self._table.present
+        self.readiness = Readiness(self._chunks, self._sources, self._picker, rng)
         self._flights = Flights(self._chunks)
         self._hungry: dict[str, None] = {}
         self._outbox: list[Action] = []
@@ -259,6 +266,11 @@ class Planner:
         for state in self._sources.values():
             if state.kind is SourceKind.ORIGIN or was_here != self._crowd.is_here:
                 self._make_hungry(state)
+
+    def make_ready(self, now: float, object_indices: Iterable[int]) -> None:
+        """Note objects that can be asked for from now on."""
+        self._crowd.holders_changed()
+        self._offer(self._chunks.make_ready(object_indices))
 
     # events: answers
 
@@ -434,7 +446,10 @@ class Planner:
             returned[block] = returned.get(block, 0) | 1 << offset
         if positions:
             self._crowd.holders_changed()
-        for block, mask in returned.items():
+        self._offer(returned.items())
+
+    def _offer(self, blocks: Iterable[tuple[int, int]]) -> None:
+        for block, mask in blocks:
             level = self._chunks.level_of[block]
             for state in self._sources.values():
                 if state.held[block] & mask:
@@ -562,39 +577,3 @@ class Planner:
             name, detail = overdue
             self._drop(now, name, Failure.STALLED, detail)
         self._check_at = deadlines.next_check(now, self._sources, self.limits)
-
-    # views
-
-    def is_done(self) -> bool:
-        """Tell whether every chunk is proved."""
-        return not self._chunks.missing_chunks
-
-    @property
-    def missing_bytes(self) -> int:
-        """Bytes of the chunks that are not proved yet."""
-        return self._chunks.missing_bytes
-
-    @property
-    def missing_chunks(self) -> int:
-        """Number of chunks that are not proved yet."""
-        return self._chunks.missing_chunks
-
-    @property
-    def decision_steps(self) -> int:
-        """Elementary steps of all decisions so far: what they cost, on any machine."""
-        return self._picker.steps
-
-    def unobtainable(self) -> list[int]:
-        """Return the objects with a missing chunk that no present source holds."""
-        if any(state.holds_all for state in self._sources.values()):
-            return []
-        return self._chunks.unheld_objects()
-
-    def statistics(self) -> Statistics:
-        """Return what came from where, also from sources that have gone."""
-        return Statistics(
-            self._proved_bytes,
-            self._duplicate_bytes,
-            self._refused_bytes,
-            self._table.statistics(),
-        )
