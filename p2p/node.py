@@ -157,9 +157,8 @@ class Node:
     async def __aenter__(self) -> Node:
         try:
             await self._start()
-        except BaseException:
-            with trio.CancelScope(shield=True):
-                await self._stack.aclose()
+        except BaseException as error:
+            await self.__aexit__(type(error), error, error.__traceback__)
             raise
         return self
 

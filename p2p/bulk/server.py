@@ -198,7 +198,10 @@ class BulkServer:
                 (host, port), family=family, backlog=BACKLOG, dualstack_ipv6=dualstack
             )
         except OSError as error:
-            raise LocalError(f"cannot listen on {host} port {port}: {error}") from error
+            why = os.strerror(error.errno) if error.errno else error
+            raise LocalError(
+                f"cannot listen on {host} port {port} for bulk connections: {why}"
+            ) from error
         listener.settimeout(ACCEPT_POLL_S)
         self._listener = listener
         self._address = listener.getsockname()[:2]

@@ -147,7 +147,8 @@ class Host:
         self._nursery: trio.Nursery | None = None
         self._dials: dict[str, Errand[None]] = {}
         self._stack = AsyncExitStack()
-        self._scope = trio.CancelScope(shield=True)
+        self._scope = trio.CancelScope()
+        self._is_running = False
         self._libp2p, self._swarm, self._peerstore = host_guard.build(
             self.key_pair,
             max_connections=max_connections,
@@ -180,12 +181,13 @@ class Host:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> bool | None:
-        conns = self._swarm.get_connections()
-        with trio.CancelScope(shield=True):
-            with trio.move_on_after(CLOSE_TIMEOUT_S):
-                await _close_all(conns)
-                await self._libp2p.close()
-            self._cut_what_is_left(conns)
+        if self._is_running:
+            conns = self._swarm.get_connections()
+            with trio.CancelScope(shield=True):
+                with trio.move_on_after(CLOSE_TIMEOUT_S):
+                    await _close_all(conns)
+                    await self._libp2p.close()
+                self._cut_what_is_left(conns)
         self._scope.cancel()
         if _is_cancellation(error):
             return await self._stack.__aexit__(kind, error, traceback)
@@ -196,8 +198,9 @@ class Host:
     async def _run_network(self, task_status: trio.TaskStatus[None]) -> None:
         """Run libp2p and our errands until `__aexit__` ends them.
 
-        Shielded: when everything is cancelled from outside, whoever uses the host is
-        to end first, and its last words are still to be sent.
+        Shielded once it runs: when everything is cancelled from outside, whoever uses the
+        host is to end first, and its last words are still to be sent. Not before: whoever
+        starts us waits for our end when it is cancelled, and nobody else would bring it.
         """
         with self._scope:
             async with trio.open_nursery() as nursery:
@@ -208,7 +211,9 @@ class Host:
                 await manager.wait_started()
                 host_guard.contain(manager)
                 nursery.start_soon(self._watch)
+                await trio.lowlevel.checkpoint_if_cancelled()
                 task_status.started()
+                self._scope.shield = self._is_running = True
 
     async def _start_listening(self) -> None:
         await self._swarm.listen(*(Multiaddr(addr) for addr in self._listen))

@@ -19,6 +19,7 @@ from tests.support.hosts import (
     HERE,
     NOBODY,
     PATIENCE_S,
+    cancel_at_every_step,
     echo,
     receive,
     run,
@@ -304,6 +305,13 @@ def test_errors_leave_a_host_as_they_are() -> None:
 
 
 # ---- what is remembered of peers
+
+
+def test_a_host_can_be_cancelled_at_every_step_of_its_start() -> None:
+    async def main() -> None:
+        assert await cancel_at_every_step(two_hosts) > 30
+
+    run(main)
 
 
 def test_the_peer_store_keeps_whoever_matters_and_is_bounded(

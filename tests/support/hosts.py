@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import trio
 
@@ -37,6 +37,40 @@ async def two_hosts() -> AsyncIterator[tuple[Host, Host]]:
         b.set_handler(ECHO, echo)
         await a.connect(b.addrs()[0])
         yield a, b
+
+
+class _CancelAtStep(trio.abc.Instrument):
+    """Cancel a scope when so many steps of any task have been taken."""
+
+    def __init__(self, scope: trio.CancelScope, steps: int) -> None:
+        self._scope = scope
+        self._left = steps
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        self._left -= 1
+        if not self._left:
+            self._scope.cancel()
+
+
+async def cancel_at_every_step(enter: Callable[[], AbstractAsyncContextManager[object]]) -> int:
+    """Cancel what is entered at many a step of its start, until it is up; return which.
+
+    Whatever the step, it ends, and with nothing but the cancellation.
+    """
+    steps = 0
+    is_up = False
+
+    while not is_up:
+        steps += 1 + steps // 20
+        with trio.CancelScope() as scope:
+            instrument = _CancelAtStep(scope, steps)
+            trio.lowlevel.add_instrument(instrument)
+            async with enter():
+                is_up = True
+                scope.cancel()
+                await trio.sleep_forever()
+        trio.lowlevel.remove_instrument(instrument)
+    return steps
 
 
 async def assert_serves(host: Host) -> None:
