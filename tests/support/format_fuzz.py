@@ -8,11 +8,15 @@ so an input that fails can be made again.
 The invariant: a file is refused with ``BadInput``, whose message is one short printable
 line, or its layout covers every byte exactly once (`check_layout`, which ends every
 parser, is held against an independent count here). Nothing else is raised, reads stay
-inside the file, and what is read stays within a bound that follows from the format.
+inside the file, and what is read stays within a bound that follows from the format. So
+does what is allocated (``tracemalloc``, when `fuzz` is asked to watch it), and no input
+takes more than a second of a processor (in long runs; a test may not ask the time).
 
 Run by itself it fuzzes for as many inputs as asked, and prints one line a format::
 
     python -m tests.support.format_fuzz 1000000
+
+`guided_fuzz` tries the same things with inputs that Atheris makes by coverage.
 """
 
 from __future__ import annotations
@@ -25,16 +29,28 @@ import resource
 import struct
 import sys
 import time
+import tracemalloc
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from tensorswarm.store.errors import BadInput
 from tensorswarm.store.formats import Layout, layouts_of
+from tensorswarm.store.formats.companions import MAX_COMPANIONS, companions
 
 Files = dict[str, bytes]
+
+MEMORY_BYTES = 2 << 20
+"""What parsing any small file may take."""
+
+MEMORY_FACTOR = 256
+"""And as many bytes for each of its own: Python's objects are larger than what they say."""
+
+MAX_INPUT_S = 1.0
+"""Most processor time for one input, in runs that watch it: they take some 0.1 ms."""
 
 TOKENS = [
     *(struct.pack("<Q", n) for n in (0, 1, 2**31, 2**32, 2**63, 2**64 - 1, 2**44)),
@@ -157,6 +173,23 @@ def seed_torch() -> list[Files]:
     return seeds
 
 
+def seed_pickle() -> list[Files]:
+    """Return the pickles of checkpoints, which `prepared` puts into an archive again."""
+    return [{"data.pkl": _stored(files["m.pt"], "m/data.pkl")} for files in seed_torch()]
+
+
+def _stored(archive: bytes, name: str) -> bytes:
+    with zipfile.ZipFile(io.BytesIO(archive)) as opened:
+        return opened.read(name)
+
+
+def seed_sharded() -> list[Files]:
+    shard = seed_safetensors()[0]["m.safetensors"]
+    names = {"a": "1.safetensors", "b": "1.safetensors", "c": "s/2.safetensors"}
+    index = json.dumps({"metadata": {"total_size": 22}, "weight_map": names}).encode()
+    return [{"m.index.json": index, "1.safetensors": shard, "s/2.safetensors": shard}]
+
+
 def seed_tfjs() -> list[Files]:
     weights = [
         {"name": "a", "shape": [3, 2], "dtype": "float32"},
@@ -209,8 +242,23 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
     return bytes(changed)
 
 
+def prepared(files: Files) -> Files:
+    """Return the files to parse: a pickle by itself goes into a sound archive.
+
+    So what is changed in it is not refused for the archive's sake before it is read.
+    """
+    if "data.pkl" not in files:
+        return files
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("m/data.pkl", files["data.pkl"])
+        archive.writestr("m/data/0", bytes(48))
+    return {"m.pt": buffer.getvalue()}
+
+
 def check(files: Files) -> bool:
     """Parse files, hold the invariant, and tell whether they were accepted."""
+    files = prepared(files)
     read = {name: 0 for name in files}
 
     def reader(name: str) -> Callable[[int, int], bytes]:
@@ -225,6 +273,9 @@ def check(files: Files) -> bool:
 
     try:
         layouts = layouts_of({name: (len(data), reader(name)) for name, data in files.items()})
+        for name, data in files.items():
+            named = companions(name, len(data), reader(name))
+            assert len(named) <= MAX_COMPANIONS and name not in named
     except BadInput as error:
         assert str(error).isprintable(), ascii(str(error))
         assert len(str(error)) < 1500
@@ -251,23 +302,50 @@ def covers(layout: Layout, size_bytes: int) -> None:
             assert extent.path or extent.offset + extent.size_bytes <= size_bytes
 
 
-def fuzz(name: str, count: int, seed: int = 0) -> int:
+def fuzz(name: str, count: int, seed: int = 0, *, watch_memory: bool = False) -> int:
     """Try `count` mutated inputs of a format; return how many were accepted."""
     seeds = SEEDS[name]()
     for files in seeds:
         assert check(files), f"the seed of {name} is not accepted"
     accepted = 0
-    for number in range(count):
-        rng = random.Random(f"{name} {seed} {number}")
-        files = dict(rng.choice(seeds))
-        victim = rng.choice(sorted(files)) if rng.random() < 0.2 else next(iter(files))
-        files[victim] = mutate(files[victim], rng)
-        try:
-            accepted += check(files)
-        except BaseException:
-            print(f"{name}: input {number} of seed {seed} fails: {files!r}", file=sys.stderr)
-            raise
+    with memory_watched(watch_memory):
+        for number in range(count):
+            rng = random.Random(f"{name} {seed} {number}")
+            files = dict(rng.choice(seeds))
+            victim = rng.choice(sorted(files)) if rng.random() < 0.2 else next(iter(files))
+            files[victim] = mutate(files[victim], rng)
+            try:
+                with memory_bounded(MEMORY_BYTES + MEMORY_FACTOR * sum(map(len, files.values()))):
+                    accepted += check(files)
+            except BaseException:
+                print(f"{name}: input {number} of seed {seed} fails: {files!r}", file=sys.stderr)
+                raise
     return accepted
+
+
+@contextmanager
+def memory_watched(on: bool) -> Iterator[None]:
+    """Trace allocations while the block lasts."""
+    if on:
+        tracemalloc.start()
+    try:
+        yield
+    finally:
+        if on:
+            tracemalloc.stop()
+
+
+@contextmanager
+def memory_bounded(byte_count: int) -> Iterator[None]:
+    """Assert that the block allocates no more, if allocations are traced."""
+    if not tracemalloc.is_tracing():
+        yield
+        return
+    before = tracemalloc.get_traced_memory()[0]
+    tracemalloc.reset_peak()
+    yield
+    grown = tracemalloc.get_traced_memory()[1] - before
+    assert grown <= byte_count, f"{grown} bytes of memory, at most {byte_count}"
 
 
 def report(kinds: Iterable[str], run: Callable[[str, int, int], int]) -> None:
