@@ -40,7 +40,7 @@ from .control import wire
 from .control.neighbours import Neighbours
 from .limits.rates import RateLimiter
 from .news import News
-from .origins.origin import FileRange, display_url
+from .origins.origin import Place, display_url, runs_of
 from .origins.source import OriginSource
 from .results import SourceReport
 from .roster import Roster
@@ -81,14 +81,14 @@ class OriginSpec:
     ----------
     url : str
         As the user gave it.
-    places : mapping of bytes to FileRange
+    places : mapping of bytes to FileRange or JoinedRanges
         Where each wanted object lies, by its digest.
     urls : mapping of str to str
         The URL of each file.
     """
 
     url: str
-    places: Mapping[bytes, FileRange]
+    places: Mapping[bytes, Place]
     urls: Mapping[str, str]
 
 
@@ -364,7 +364,7 @@ class Download:
         self._sources[origin.url] = source
         self._restart(now, origin.url, source)
 
-    def _places(self, origin: OriginSpec) -> dict[int, FileRange]:
+    def _places(self, origin: OriginSpec) -> dict[int, Place]:
         """Return where the wanted objects lie at an origin, by object index."""
         return {
             self._index_of[digest]: place
@@ -465,8 +465,10 @@ class Download:
         origin = next(origin for origin in self._origins if origin.url == name)
         places = self._places(origin)
         bad = places.get(self._refused.get(name, -1))
+        bad_paths = set() if bad is None else {run.path for run in runs_of(bad)}
         for index, place in places.items():
-            if bad is not None and place.path == bad.path and index in source.holds:
+            lies_there = any(run.path in bad_paths for run in runs_of(place))
+            if lies_there and index in source.holds:
                 del source.holds[index]
                 self._planner.source_lacks(now, name, index)
         if not source.holds:

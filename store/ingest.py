@@ -16,7 +16,7 @@ import itertools
 import os
 import stat
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn, Protocol, cast
@@ -27,7 +27,7 @@ from .adding import Adding, Progress
 from .digest import EMPTY_DIGEST, digest_of
 from .errors import BadInput, LocalError
 from .formats import layouts_of
-from .formats.layout import Content, Extent, Layout, Made
+from .formats.layout import Content, Extent, Layout, Made, absolute
 from .hashing import RangeHasher, hash_range
 from .manifest import MAX_FILES, Manifest, ManifestBuilder, ObjectRef, RecipeSpec
 from .names import check_path, check_paths, quoted
@@ -150,7 +150,17 @@ def read_sources(paths: Sequence[Path], verbatim: Sequence[str] = ()) -> list[So
     BadInput
         A path or a file is of no use.
     """
-    found = files_under(paths)
+    return sources_of(files_under(paths), verbatim)
+
+
+def sources_of(found: Sequence[tuple[Path, str]], verbatim: Sequence[str] = ()) -> list[Source]:
+    """Check the layouts of the files of a model, given their names in it.
+
+    Raises
+    ------
+    BadInput
+        As for `read_sources`.
+    """
     path_of = {name: path for path, name in found}
     states = {name: _state_of(path) for path, name in found}
 
@@ -325,14 +335,25 @@ class Describing:
         Takes the objects.
     scratch : Path or None
         Folder for decoded tensors; by default the system's.
+    pieces : mapping of Extent to ObjectRef or RecipeSpec
+        Pieces that are known already, and are not read.
+    contents : mapping of Content to ObjectRef
+        The tensors that they are made of.
     """
 
-    def __init__(self, sources: Sequence[Source], taker: Taker, scratch: Path | None) -> None:
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        taker: Taker,
+        scratch: Path | None,
+        pieces: Mapping[Extent, ObjectRef | RecipeSpec] | None = None,
+        contents: Mapping[Content, ObjectRef] | None = None,
+    ) -> None:
         self._sources = {source.name: source for source in sources}
         self._taker = taker
         self._scratch = scratch
-        self._refs: dict[Extent, ObjectRef | RecipeSpec] = {}
-        self._contents: dict[Content, ObjectRef] = {}
+        self._refs = dict(pieces or {})
+        self._contents = dict(contents or {})
 
     def manifest(self) -> Manifest:
         """Take all pieces, and return the manifest."""
@@ -357,13 +378,15 @@ class Describing:
         with self._taker.ahead(descriptor, plain):
             for offset, size_bytes, _ in pieces:
                 extent = Extent(source.name, offset, size_bytes)
+                if extent in self._refs:
+                    continue
                 recipe = made.get(offset)
                 ref = None if recipe is None else self._try_made(source, extent, recipe)
                 self._refs[extent] = ref or self._taker.take(descriptor, offset, size_bytes)
 
     def _try_made(self, source: Source, extent: Extent, made: Made) -> RecipeSpec | None:
         """Return how a piece is made from tensors, which are taken, if it can be so made."""
-        contents = [_absolute(content, source.name) for content in made.inputs]
+        contents = [absolute(content, source.name) for content in made.inputs]
         with _opened(source.path) as descriptor:
             digest = hash_range(descriptor, extent.offset, extent.size_bytes)
         parameters: tuple[int, ...] | None = made.parameters
@@ -435,7 +458,7 @@ class Describing:
             for t in layout.tensors
         ]
         for held in layout.held:
-            content = _absolute(held.content, name)
+            content = absolute(held.content, name)
             first = content.extents[0]
             at = first.offset if first.path == name else source.state.size_bytes
             entries.append((at, held.name, held.dtype, held.shape, self._held(source, content)))
@@ -477,12 +500,6 @@ def _parameters_that_make(
         if _digest_up_to(make(made.kind, parameters, inputs, size_bytes), size_bytes) == digest:
             return parameters
     return None
-
-
-def _absolute(content: Content, name: str) -> Content:
-    """Return a content in which no path stands for the file at hand."""
-    extents = tuple(each if each.path else each._replace(path=name) for each in content.extents)
-    return content._replace(extents=extents)
 
 
 def recipe_input(descriptor: int, size_bytes: int, offset: int = 0) -> Input:

@@ -11,7 +11,9 @@ from .adding import Progress
 from .digest import CHUNK_SIZE, digest_of
 from .errors import BadInput
 from .formats import stamps
-from .ingest import Describing, HashingTaker, read_sources
+from .formats.companions import companions
+from .formats.layout import Extent, absolute, pieces_made_of
+from .ingest import Describing, HashingTaker, Source, read_sources, sources_of
 from .manifest import Manifest, ObjectRef
 from .place import disk_errors, remove_file
 
@@ -36,6 +38,53 @@ class _WithLists(HashingTaker):
         return ObjectRef(digest, size_bytes, list_digest)
 
 
+def _stamps_of(path: Path, progress: Progress) -> dict[str, stamps.Stamped]:
+    """Hash a file's tensors, and those in the files that it names, and say what they are."""
+    found = [(path, path.name)]
+    with disk_errors(f"cannot read {path}"), path.open("rb") as file:
+        descriptor = file.fileno()
+        names = companions(
+            path.name,
+            os.fstat(descriptor).st_size,
+            lambda offset, length: os.pread(descriptor, length, offset),
+        )
+    sources = sources_of(found + [(path.parent / name, name) for name in names])
+    manifest, lists = _describe(sources, progress)
+    layouts = {source.name: source.layout for source in sources}
+    pieces = pieces_made_of(layouts)
+    made = _made_parts(manifest)
+    tensors: dict[str, stamps.Stamped] = {}
+    for entry in manifest.files:
+        parts_of = {
+            held.name: pieces.get(absolute(held.content, entry.path), [])
+            for held in layouts[entry.path].held
+        }
+        for tensor in entry.tensors:
+            if manifest.recipe(tensor.object_index) is not None:
+                continue  # it is made from the header's bytes, which are read anyway
+            item = manifest.objects[tensor.object_index]
+            if not item.size_bytes:
+                continue
+            parts = [made.get(piece, b"") for piece in parts_of.get(tensor.name, ())]
+            tensors[tensor.name] = stamps.Stamped(
+                item.digest, lists.get(item.chunk_list, b""), tuple(parts) if all(parts) else ()
+            )
+    return tensors
+
+
+def _made_parts(manifest: Manifest) -> dict[Extent, bytes]:
+    """Return the digests of the parts of files that are made from others, by their places."""
+    found: dict[Extent, bytes] = {}
+    for file in manifest.files:
+        offset = 0
+        for index in file.parts:
+            recipe, size_bytes = manifest.recipe(index), manifest.size_of(index)
+            if recipe is not None:
+                found[Extent(file.path, offset, size_bytes)] = recipe.digest
+            offset += size_bytes
+    return found
+
+
 def describe_with_lists(
     path: Path, progress: Progress = lambda count: None
 ) -> tuple[Manifest, dict[bytes, bytes]]:
@@ -46,13 +95,13 @@ def describe_with_lists(
     BadInput
         It cannot be read, or is malformed.
     """
-    return _describe([path], progress)
+    return _describe(read_sources([path]), progress)
 
 
-def _describe(paths: Sequence[Path], progress: Progress) -> tuple[Manifest, dict[bytes, bytes]]:
+def _describe(sources: Sequence[Source], progress: Progress) -> tuple[Manifest, dict[bytes, bytes]]:
     taker = _WithLists(progress)
     try:
-        manifest = Describing(read_sources(paths), taker, None).manifest()
+        manifest = Describing(sources, taker, None).manifest()
     finally:
         taker.close()
     wanted = {ref.chunk_list for ref in manifest.objects if ref.chunk_list}
@@ -62,7 +111,7 @@ def _describe(paths: Sequence[Path], progress: Progress) -> tuple[Manifest, dict
 def stamp_file(path: Path, target: Path, progress: Progress = lambda count: None) -> int:
     """Write a stamped copy of a file, and return how many tensors the stamp names.
 
-    Of a JSON file the tensors are in the files beside it, which are read.
+    Tensors in other files that it names, beside it, are hashed and named too.
 
     Raises
     ------
@@ -73,18 +122,7 @@ def stamp_file(path: Path, target: Path, progress: Progress = lambda count: None
     """
     if target.exists() and path.exists() and target.samefile(path):
         raise BadInput(f"{target}: a stamped copy cannot take the place of its own original")
-    is_json = path.name.lower().endswith(".json")
-    manifest, lists = _describe([path.parent if is_json else path], progress)
-    tensors = {}
-    for file in manifest.files:
-        for tensor in file.tensors:
-            ref = manifest.recipe(tensor.object_index)
-            if ref is not None:
-                continue  # it is made from the header's bytes, which are read anyway
-            item = manifest.objects[tensor.object_index]
-            chunk_list = lists.get(item.chunk_list, b"") if not is_json else b""
-            if item.size_bytes:
-                tensors[tensor.name] = stamps.Stamped(item.digest, chunk_list)
+    tensors = _stamps_of(path, progress)
     with disk_errors(f"cannot read {path}"):
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     temporary = target.with_name(f".tensorswarm-{uuid.uuid4().hex}.part")

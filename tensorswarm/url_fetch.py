@@ -4,9 +4,11 @@ In this order:
 
 1. A sidecar beside the file (`sidecar`) has the manifest: only missing objects are fetched.
 2. A stamp in the file's header (`stamps`) has the tensors' digests: the header is read,
-   and what lies between the tensors; only missing tensors are fetched. For an index of
-   shards this is done with each of them.
-3. Otherwise the file is downloaded once, and added.
+   and what lies between the tensors; only missing tensors are fetched. Files that this one
+   names (`companions`: shards, external data) are looked at in the same way.
+3. Otherwise the file is downloaded once with those that it names, and added. So it is if
+   the server gives files only as a whole, or has a missing tensor only in another form
+   (compressed, say), which cannot be asked for by range.
 
 In the first two cases peers that hold the tensors give them as well. All three fill the
 store, and the model's id is the one that `add` of the same files gives.
@@ -18,22 +20,29 @@ import os
 import posixpath
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
-from tensorswarm.p2p.origins.origin import check_origin_url, display_url
+from tensorswarm.p2p.origins.origin import (
+    JoinedRanges,
+    check_origin_url,
+    display_url,
+    locate_objects,
+    runs_of,
+)
 from tensorswarm.p2p.origins.remote_file import RemoteFiles
 from tensorswarm.p2p.results import FetchResult, SourceReport
 from tensorswarm.store import sidecar
 from tensorswarm.store.errors import BadInput, HashMismatch, NotFound
-from tensorswarm.store.formats.safetensors import load_header
+from tensorswarm.store.formats.companions import companions
+from tensorswarm.store.formats.stamps import read_stamp
 from tensorswarm.store.ingest import add_paths
-from tensorswarm.store.names import check_path, quoted
+from tensorswarm.store.names import check_path
 from tensorswarm.store.place import disk_errors
-from tensorswarm.store.remote_model import RemotePart, describe_remote
+from tensorswarm.store.remote_model import RemoteCopy, TooMuch, describe_remote
 from tensorswarm.store.store import Store
 
 from .refs import Ref, RefKind
@@ -42,12 +51,6 @@ if TYPE_CHECKING:
     from tensorswarm.store.manifest import Manifest
 
 INDEX_SUFFIX = ".index.json"
-
-MAX_SHARDS = 10_000
-"""Most shards that an index may name: published models have some hundreds."""
-
-MAX_INDEX_BYTES = 100_000_000
-"""Longest index: as long as a safetensors header may be."""
 
 Progress = Callable[[int, int], None]
 Fetcher = Callable[[Ref, str], FetchResult]
@@ -77,21 +80,20 @@ def fetch_url(
     """
     check_origin_url(url)
     begun = time.monotonic()
-    with closing(RemoteFiles()) as remote:
-        manifest = _by_sidecar(store, url, remote)
+    with closing(RemoteFiles()) as remote, _scratch(store) as folder:
+        manifest, here = _by_sidecar(store, url, remote), 0
         if manifest is None and url.partition("?")[0].endswith("/"):
             raise NotFound(f"{display_url(url)}: no {sidecar.FOLDER_NAME} in that folder")
-        here = 0
-        if manifest is None:
-            sizes = _sizes(url, remote)
-            found = _by_stamps(store, url, sizes, remote)
-            if found is None:
-                result = _download(store, url, sizes, remote, progress)
-                result.seconds = time.monotonic() - begun
-                return result
+        site = _Site(url, remote, folder)
+        if manifest is None and (found := site.by_stamps(store)) is not None:
             manifest, here = found
+        if manifest is None or not site.gives(_missing(store, manifest), manifest):
+            paths = None if manifest is None else [file.path for file in manifest.files]
+            result = site.download(store, paths, progress)
+            result.seconds = time.monotonic() - begun
+            return result
         overhead = remote.received_bytes
-    store.put_manifest(manifest, _name(url))
+    store.put_manifest(manifest, site.name)
     result = fetch(Ref(RefKind.MODEL, manifest.digest, Path()), url)
     # Headers came from the origin too, though they were in the store when this began.
     result.bytes_local = max(0, result.bytes_local - here)
@@ -100,6 +102,12 @@ def fetch_url(
     _note_source(result, url, overhead)
     result.seconds = time.monotonic() - begun
     return result
+
+
+def _missing(store: Store, manifest: Manifest) -> list[int]:
+    """Return the objects that a fetch would have to bring, by index."""
+    wanted = [index for index, ref in enumerate(manifest.objects) if ref.size_bytes]
+    return store.missing_objects(manifest, wanted)
 
 
 def _note_source(result: FetchResult, url: str, byte_count: int) -> None:
@@ -145,59 +153,114 @@ def _by_sidecar(store: Store, url: str, remote: RemoteFiles) -> Manifest | None:
     return manifest
 
 
-def _sizes(url: str, remote: RemoteFiles) -> dict[str, int]:
-    """Return the sizes of the file, and of the shards if it is an index, by name."""
-    name = _name(url)
-    size, _ = remote.size_of(url)
-    sizes = {name: size}
-    if name.endswith(INDEX_SUFFIX):
-        if size > MAX_INDEX_BYTES:
-            raise BadInput(f"{display_url(url)}: an index of {size} bytes")
-        document = load_header(remote.reader(url, size)(0, size).lstrip())
-        shards = document.get("weight_map")
-        if not isinstance(shards, dict):
-            raise BadInput(f"{display_url(url)}: no index of shards: it lacks a weight_map")
-        names = {str(value) for value in shards.values()}
-        if len(names) > MAX_SHARDS:
-            raise BadInput(f"{display_url(url)}: {len(names)} shards, at most {MAX_SHARDS}")
-        for shard in sorted(names):
-            if "/" in check_path(shard):
-                raise BadInput(f"{display_url(url)}: the shard {quoted(shard)} is elsewhere")
-            sizes[shard], _ = remote.size_of(_beside(url, quote(shard)))
-    return sizes
+class _Site:
+    """The file at a URL, and those that it names.
 
+    Parameters
+    ----------
+    url : str
+        The file's URL.
+    remote : RemoteFiles
+        Reads it.
+    folder : Path
+        An empty folder, for what is read.
+    """
 
-def _by_stamps(
-    store: Store, url: str, sizes: dict[str, int], remote: RemoteFiles
-) -> tuple[Manifest, int] | None:
-    """Return the manifest that stamps tell, and the bytes put into the store; or None."""
-    parts = [
-        RemotePart(name, size, remote.reader(_beside(url, quote(name)), size))
-        for name, size in sizes.items()
-    ]
-    return describe_remote(store, parts)
+    def __init__(self, url: str, remote: RemoteFiles, folder: Path) -> None:
+        self.name = _name(url)
+        self._url = url
+        self._remote = remote
+        self._folder = folder
+        self._sizes: dict[str, tuple[int, bool]] = {}
 
+    def _size(self, name: str) -> tuple[int, bool]:
+        """Return a file's size, and whether the server gives ranges of it."""
+        if name not in self._sizes:
+            self._sizes[name] = self._remote.size_of(_beside(self._url, quote(name)))
+        return self._sizes[name]
 
-def _download(
-    store: Store, url: str, sizes: dict[str, int], remote: RemoteFiles, progress: Progress
-) -> FetchResult:
-    """Download files whole, and add them."""
-    total, done = sum(sizes.values()), 0
-    with _scratch(store) as folder:
-        for name, size in sizes.items():
-            with disk_errors("cannot write a downloaded file"), (folder / name).open("wb") as file:
-                for block in remote.whole(_beside(url, quote(name)), size):
+    def by_stamps(self, store: Store) -> tuple[Manifest, int] | None:
+        """Return the manifest that stamps tell, and the bytes put into the store; or None."""
+        with ExitStack() as stack:
+
+            def copy(name: str) -> RemoteCopy:
+                size, _ = self._size(name)
+                read_at = self._remote.reader(_beside(self._url, quote(name)), size)
+                path = self._folder / "headers" / name
+                return stack.enter_context(closing(RemoteCopy(name, size, read_at, path)))
+
+            if not self._size(self.name)[1]:
+                return None
+            first = copy(self.name)
+            # Who names other files is looked into, but not before it is known to be worth it.
+            is_json = self.name.lower().endswith(".json")
+            if not is_json and read_stamp(self.name, first.size_bytes, first.read_at) is None:
+                return None
+            try:
+                names = companions(self.name, first.size_bytes, first.read_at)
+            except TooMuch:
+                return None
+            self._check_index(names)
+            if not all(self._size(name)[1] for name in names):
+                return None
+            return describe_remote(store, [first, *map(copy, names)])
+
+    def _check_index(self, names: Sequence[str]) -> None:
+        if self.name.endswith(INDEX_SUFFIX) and not names:
+            raise BadInput(f"{display_url(self._url)}: no index of shards: it lacks a weight_map")
+
+    def gives(self, missing: Sequence[int], manifest: Manifest) -> bool:
+        """Tell whether each of these objects can be had by asking for ranges of files."""
+        places = locate_objects(manifest)
+        joined = [places[i] for i in missing if isinstance(places.get(i), JoinedRanges)]
+        paths = {run.path for place in joined for run in runs_of(place)}
+        return all(index in places for index in missing) and all(
+            self._size(path)[1] for path in paths
+        )
+
+    def download(
+        self, store: Store, paths: Sequence[str] | None, progress: Progress
+    ) -> FetchResult:
+        """Download files as a whole, and add them: the file and those that it names, or these."""
+        folder = self._folder / "files"
+        folder.mkdir()
+        if paths is None:
+            self._save(folder, self.name, progress)
+            paths = self._named_by(folder / self.name)
+        for name in paths:
+            self._size(name)  # before any is downloaded: they are there, all of them
+        for name in paths:
+            self._save(folder, name, progress)
+        added = add_paths(store, [folder], name=self.name)
+        result = FetchResult(added.manifest.digest, added.manifest)
+        result.bytes_origin = result.bytes_total = self._remote.received_bytes
+        _note_source(result, self._url, self._remote.received_bytes)
+        return result
+
+    def _named_by(self, path: Path) -> tuple[str, ...]:
+        """Return the files that a downloaded one names."""
+        with path.open("rb") as file:
+            descriptor = file.fileno()
+            names = companions(
+                self.name,
+                self._size(self.name)[0],
+                lambda offset, length: os.pread(descriptor, length, offset),
+            )
+        self._check_index(names)
+        return names
+
+    def _save(self, folder: Path, name: str, progress: Progress) -> None:
+        path, size = folder / name, self._size(name)[0]
+        total = sum(size for size, _ in self._sizes.values())
+        before = sum(each.stat().st_size for each in folder.rglob("*") if each.is_file())
+        with disk_errors("cannot write a downloaded file"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                for block in self._remote.whole(_beside(self._url, quote(name)), size):
                     file.write(block)
-                    done += len(block)
-                    progress(done, total)
-            if os.stat(folder / name).st_size != size:
-                raise HashMismatch(f"{display_url(url)}: {name} came with another length")
-        paths = [folder / name for name in sizes]
-        added = add_paths(store, paths, name=_name(url))
-    result = FetchResult(added.manifest.digest, added.manifest)
-    result.bytes_origin = result.bytes_total = remote.received_bytes
-    _note_source(result, url, remote.received_bytes)
-    return result
+                    progress(before + file.tell(), total)
+        if path.stat().st_size != size:
+            raise HashMismatch(f"{display_url(self._url)}: {name} came with another length")
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 An *origin* is a web server that holds a model's files as anyone would put them
 there. It knows nothing of tensors: an object is a range of bytes in one of the
 files that the manifest names, asked for with a plain ``Range`` header
-(RFC 9110, section 14).
+(RFC 9110, section 14). An object that was cut, as TensorFlow.js cuts tensors where a
+shard ends, is several such ranges.
 
 This module turns objects into file ranges, file ranges into as few requests as
 possible, origin URLs into file URLs, and reads the two answer headers that need
@@ -63,19 +64,39 @@ class FileRange(NamedTuple):
     offset: int
 
 
+class JoinedRanges(NamedTuple):
+    """Where an object lies that was cut: runs of files, each with its size, in order."""
+
+    runs: tuple[tuple[FileRange, int], ...]
+
+
+Place = FileRange | JoinedRanges
+
+
 class Piece(NamedTuple):
-    """One chunk as a range of bytes in a file: `length` bytes from `offset`."""
+    """One chunk, or a part of one, as `length` bytes from `offset` of a file.
+
+    Of a chunk that lies in several files each part is a piece: `at` of its bytes come
+    before it, and `rest` after it.
+    """
 
     place: FileRange
     object_index: int
     chunk: int
     offset: int
     length: int
+    at: int = 0
+    rest: int = 0
 
     @property
     def stop(self) -> int:
-        """First byte in the file after the chunk."""
+        """First byte in the file after the piece."""
         return self.offset + self.length
+
+    @property
+    def is_part(self) -> bool:
+        """Whether there is more of the chunk elsewhere."""
+        return bool(self.at or self.rest)
 
 
 class ContentRange(NamedTuple):
@@ -86,7 +107,7 @@ class ContentRange(NamedTuple):
     total: int
 
 
-def locate_objects(manifest: Manifest) -> dict[int, FileRange]:
+def locate_objects(manifest: Manifest) -> dict[int, Place]:
     """Find the first place of every object in the model's files.
 
     Parameters
@@ -96,24 +117,52 @@ def locate_objects(manifest: Manifest) -> dict[int, FileRange]:
 
     Returns
     -------
-    dict[int, FileRange]
+    dict[int, FileRange or JoinedRanges]
         By index in ``manifest.objects``. An object that is in no file, or only in a
         form that it would have to be decoded from, is absent.
     """
-    places: dict[int, FileRange] = {}
+    places: dict[int, Place] = {}
+    slices: dict[int, dict[int, tuple[FileRange, int]]] = {}
     count = len(manifest.objects)
     for entry in manifest.files:
         offset = 0
         for index in entry.parts:
-            if index >= count:
-                offset += manifest.recipes[index - count].size_bytes
+            place = FileRange(entry.path, entry.size_bytes, offset)
+            if index < count:
+                places.setdefault(index, place)
+                offset += manifest.objects[index].size_bytes
                 continue
-            places.setdefault(index, FileRange(entry.path, entry.size_bytes, offset))
-            offset += manifest.objects[index].size_bytes
+            recipe = manifest.recipes[index - count]
+            if recipe.kind == "slice":
+                found = slices.setdefault(recipe.inputs[0], {})
+                found.setdefault(recipe.parameters[0], (place, recipe.size_bytes))
+            offset += recipe.size_bytes
+    for index, found in slices.items():
+        if index not in places:
+            joined = _joined(found, manifest.objects[index].size_bytes)
+            if joined is not None:
+                places[index] = joined
     return places
 
 
-def pieces_of_span(span: Span, place: FileRange, size_bytes: int) -> Iterator[Piece]:
+def _joined(slices: Mapping[int, tuple[FileRange, int]], size_bytes: int) -> JoinedRanges | None:
+    """Return an object put together from slices of it, by their starts, if they suffice."""
+    runs: list[tuple[FileRange, int]] = []
+    end = 0
+    while end < size_bytes:
+        if end not in slices:
+            return None
+        runs.append(slices[end])
+        end += slices[end][1]
+    return JoinedRanges(tuple(runs)) if end == size_bytes else None
+
+
+def runs_of(place: Place) -> tuple[FileRange, ...]:
+    """Return the runs of files that an object is."""
+    return (place,) if isinstance(place, FileRange) else tuple(run for run, _ in place.runs)
+
+
+def pieces_of_span(span: Span, place: Place, size_bytes: int) -> Iterator[Piece]:
     """Yield the chunks of a span of an object of `size_bytes` bytes, in order.
 
     Raises
@@ -124,33 +173,48 @@ def pieces_of_span(span: Span, place: FileRange, size_bytes: int) -> Iterator[Pi
     stop = span.first_chunk + span.count
     if span.count < 1 or span.first_chunk < 0 or stop > chunk_count(size_bytes):
         raise BadInput(f"{span} is not in an object of {size_bytes} bytes")
-    for chunk in range(span.first_chunk, stop):
-        offset = place.offset + chunk * CHUNK_SIZE
-        yield Piece(place, span.object_index, chunk, offset, chunk_length(size_bytes, chunk))
+    runs = ((place, size_bytes),) if isinstance(place, FileRange) else place.runs
+    first = span.first_chunk * CHUNK_SIZE
+    end = min(stop * CHUNK_SIZE, size_bytes)
+    run_start = 0
+    for run, run_bytes in runs:
+        position, run_stop = max(first, run_start), min(end, run_start + run_bytes)
+        while position < run_stop:
+            chunk, at = divmod(position, CHUNK_SIZE)
+            whole = chunk_length(size_bytes, chunk)
+            length = min(whole - at, run_stop - position)
+            offset = run.offset + position - run_start
+            yield Piece(run, span.object_index, chunk, offset, length, at, whole - at - length)
+            position += length
+        run_start += run_bytes
 
 
 def pieces_of_file(
-    path: str, places: Mapping[int, FileRange], sizes: Mapping[int, int]
+    path: str, places: Mapping[int, Place], sizes: Mapping[int, int]
 ) -> Iterator[Piece]:
-    """Yield every chunk of the objects that lie in a file, in the file's order.
+    """Yield every chunk that lies in a file as a whole, in the file's order.
 
     Parameters
     ----------
     path : str
         The file.
-    places : Mapping[int, FileRange]
+    places : Mapping[int, FileRange or JoinedRanges]
         Where each object lies, by its index.
     sizes : Mapping[int, int]
         The size of each object in bytes, by its index.
     """
     inside = sorted(
-        (place.offset, index)
+        (run.offset, index)
         for index, place in places.items()
-        if place.path == path and sizes[index] > 0
+        if sizes[index] > 0
+        for run in runs_of(place)
+        if run.path == path
     )
-    for _offset, index in inside:
+    for offset, index in inside:
         span = Span(index, 0, chunk_count(sizes[index]))
-        yield from pieces_of_span(span, places[index], sizes[index])
+        for piece in pieces_of_span(span, places[index], sizes[index]):
+            if piece.place.path == path and piece.place.offset == offset and not piece.is_part:
+                yield piece
 
 
 def continues_run(run: Sequence[Piece], piece: Piece, max_bytes: int = MAX_RANGE_BYTES) -> bool:

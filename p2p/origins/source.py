@@ -6,7 +6,8 @@ byte passes through on its way to the `Sink`.
 
 Rules
 
-- Chunks that follow each other in a file are asked for in one range request.
+- Chunks that follow each other in a file are asked for in one range request. A chunk that
+  lies in several files is put together, but not from files that are given only as a whole.
 - A chunk that is no longer missing is not fetched: it is reported as DUPLICATE with
   0 bytes, so that each chunk of a request gets an answer.
 - Trouble with one file (not there, another size, refused, bytes that do not match)
@@ -40,7 +41,6 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import httpx
 
@@ -51,7 +51,7 @@ from ..limits.rates import RateLimiter
 from ..swarm.source import Failure, Outcome, Report, Request, Sink, SourceWorker
 from .guard import Guard
 from .http import Answer, Body, Limits, OriginClient, OriginFailure
-from .origin import FileRange, Piece, continues_run, pieces_of_file, pieces_of_span
+from .origin import Piece, Place, continues_run, pieces_of_file, pieces_of_span, runs_of
 
 MAX_QUEUED_REQUESTS = 256
 """Most requests queued, in work or parked: the planner keeps a handful per source."""
@@ -100,11 +100,17 @@ class _WholeFile:
     parked: list[tuple[int, _Job]] = field(default_factory=list)
 
 
-class _Worker(NamedTuple):
-    """What one thread has to itself: its connections, and a buffer of one chunk."""
+@dataclass(slots=True, eq=False)
+class _Worker:
+    """What one thread has to itself: its connections, and a buffer of one chunk.
+
+    `half` tells of a chunk that lies in several files how much the buffer has: its
+    object, its number, and the bytes.
+    """
 
     client: OriginClient
     buffer: memoryview
+    half: tuple[int, int, int] | None = None
 
 
 class OriginSource(SourceWorker):
@@ -114,7 +120,7 @@ class OriginSource(SourceWorker):
     ----------
     source : str
         The origin's URL, its name in reports.
-    locate : Mapping[int, FileRange]
+    locate : Mapping[int, FileRange or JoinedRanges]
         Where each wanted object lies, by the download's object index.
     urls : Mapping[str, str]
         The URL of every file in `locate`, by path.
@@ -140,7 +146,7 @@ class OriginSource(SourceWorker):
     def __init__(
         self,
         source: str,
-        locate: Mapping[int, FileRange],
+        locate: Mapping[int, Place],
         urls: Mapping[str, str],
         sink: Sink,
         report: Report,
@@ -306,7 +312,7 @@ class OriginSource(SourceWorker):
         """Fetch what a job still wants; False when it was parked, and is no longer ours."""
         if job.todo is None:
             job.todo = deque(self._pieces_of(job))
-        while not self._stopped(job) and (run := self._next_run(job)):
+        while not self._stopped(job) and (run := self._next_run(worker, job)):
             try:
                 if not self._fetch(worker, job, run):
                     return False
@@ -320,13 +326,13 @@ class OriginSource(SourceWorker):
     def _pieces_of(self, job: _Job) -> Iterator[Piece]:
         for span in job.request.spans:
             place = self._locate.get(span.object_index)
-            if place is None or place.path not in self._urls:
+            if place is None or not all(run.path in self._urls for run in runs_of(place)):
                 detail = f"object {span.object_index} is in none of the files there"
                 job.trouble = job.trouble or OriginFailure(Failure.LACKS, detail)
                 continue
             yield from pieces_of_span(span, place, self._sink.wanted(span.object_index).size_bytes)
 
-    def _next_run(self, job: _Job) -> list[Piece]:
+    def _next_run(self, worker: _Worker, job: _Job) -> list[Piece]:
         """Take off the next chunks to fetch in one request; answer those not missing."""
         assert job.todo is not None
         run: list[Piece] = []
@@ -335,10 +341,14 @@ class OriginSource(SourceWorker):
             key = (piece.object_index, piece.chunk)
             if key in job.given or piece.place.path in job.spoiled:
                 continue
-            if self._sink.is_missing(*key):
+            if not self._sink.is_missing(*key):
+                if not piece.rest:
+                    self._tell_chunk(job, piece, Outcome.DUPLICATE, 0)
+            elif not piece.at or worker.half == (*key, piece.at):
                 run.append(piece)
-            else:
-                self._tell_chunk(job, piece, Outcome.DUPLICATE, 0)
+            else:  # what comes before it was not to be had, or went by in a pass
+                detail = f"{piece.place.path}: has one half of a chunk, and the other was not given"
+                job.trouble = job.trouble or OriginFailure(Failure.LACKS, detail, file_only=True)
         return run
 
     def _fetch(self, worker: _Worker, job: _Job, run: list[Piece]) -> bool:
@@ -366,10 +376,14 @@ class OriginSource(SourceWorker):
         body.expect_end()
 
     def _read_piece(self, worker: _Worker, job: _Job, piece: Piece, body: Body) -> None:
-        view = worker.buffer[: piece.length]
-        body.read_into(view)
-        outcome = self._sink.write_chunk(piece.object_index, piece.chunk, view)
-        self._tell_chunk(job, piece, outcome, piece.length)
+        filled = piece.at + piece.length
+        worker.half = None
+        body.read_into(worker.buffer[piece.at : filled])
+        if piece.rest:
+            worker.half = (piece.object_index, piece.chunk, filled)
+            return
+        outcome = self._sink.write_chunk(piece.object_index, piece.chunk, worker.buffer[:filled])
+        self._tell_chunk(job, piece, outcome, filled)
         if outcome is Outcome.REFUSED:
             detail = f"{piece.place.path}: bytes from {piece.offset} on do not match their hash"
             raise OriginFailure(Failure.BAD_BYTES, detail, file_only=True)
@@ -386,6 +400,12 @@ class OriginSource(SourceWorker):
         """Read a file once, or park the job while another thread does; False if parked."""
         assert job.todo is not None
         path = run[0].place.path
+        if any(piece.is_part for piece in run):
+            detail = f"{path}: given only as a whole, and a chunk ends in another file"
+            job.trouble = job.trouble or OriginFailure(Failure.LACKS, detail, file_only=True)
+            run = [piece for piece in run if not piece.is_part]
+            if not run:
+                return True
         job.todo.extendleft(reversed(run))  # after the pass it is seen what is still missing
         with self._changed:
             whole = self._whole_files.setdefault(path, _WholeFile())

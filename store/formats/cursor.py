@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..errors import BadInput
 from .layout import ReadAt, read_exactly
 
-MIN_WINDOW_BYTES = 4 << 10
+MIN_WINDOW_BYTES = 512
 """Bytes read after a jump. It is little, because between large tensors a file has only some
 hundred bytes of its own, and reading may mean asking a web server."""
 

@@ -213,6 +213,27 @@ def check_content(content: Content, size_bytes: int) -> None:
         raise BadInput(f"{total} bytes for a tensor of {content.size_bytes}")
 
 
+def absolute(content: Content, path: str) -> Content:
+    """Return a content of the file at `path` in which no path stands for the file at hand."""
+    extents = tuple(each if each.path else each._replace(path=path) for each in content.extents)
+    return content._replace(extents=extents)
+
+
+def pieces_made_of(layouts: Mapping[str, Layout]) -> dict[Content, list[Extent]]:
+    """Return the pieces that are made of one content each, by path and offset.
+
+    Contents are absolute, and so are the pieces.
+    """
+    found: dict[Content, list[Extent]] = {}
+    for path, layout in sorted(layouts.items()):
+        for offset, size_bytes, _ in layout.pieces:
+            made = layout.made.get(offset)
+            if made is not None and len(made.inputs) == 1:
+                pieces = found.setdefault(absolute(made.inputs[0], path), [])
+                pieces.append(Extent(path, offset, size_bytes))
+    return found
+
+
 def read_exactly(read_at: ReadAt, offset: int, length: int) -> bytes:
     """Return `length` bytes at `offset`.
 

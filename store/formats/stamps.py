@@ -8,7 +8,11 @@ tensor and needs to fetch only those it lacks. It stands in
 - GGUF: the metadata, as the string ``tensorswarm.stamp``;
 - ONNX: ``metadata_props``, under ``tensorswarm``;
 - JSON files (TensorFlow.js's ``model.json``, an index of shards): the field
-  ``tensorswarm``, with digests alone: their tensors lie in other files.
+  ``tensorswarm``. Their tensors lie in other files, and so may those of an ONNX model.
+
+Where a file's bytes follow from a tensor, but are not the tensor (a shard that ends in the
+middle of it, integers kept as varints), the stamp has the digests of those parts too. With
+them a reader can describe the file without having them.
 
 A stamp is the word of whoever wrote it, like a manifest: bytes that do not match it are
 refused. It says nothing about the header it stands in.
@@ -42,10 +46,21 @@ _GGUF_STRING = 8
 
 
 class Stamped(NamedTuple):
-    """What a stamp says of one tensor: its digest and its chunk list, or none."""
+    """What a stamp says of one tensor.
+
+    Attributes
+    ----------
+    digest : bytes
+        Its digest.
+    chunk_list : bytes
+        Its chunk list, or none.
+    parts : tuple of bytes
+        Digests of the pieces that are made of it (`pieces_made_of` has their order).
+    """
 
     digest: bytes
     chunk_list: bytes
+    parts: tuple[bytes, ...] = ()
 
 
 class Run(NamedTuple):
@@ -58,10 +73,12 @@ class Run(NamedTuple):
 def text_of(tensors: Mapping[str, Stamped]) -> str:
     """Return a stamp's text."""
     entries: dict[str, dict[str, str]] = {}
-    for name, (digest, chunk_list) in tensors.items():
+    for name, (digest, chunk_list, parts) in tensors.items():
         entries[name] = {"digest": digest.hex()}
         if chunk_list:
             entries[name]["chunks"] = base64.b64encode(chunk_list).decode()
+        if parts:
+            entries[name]["parts"] = base64.b64encode(b"".join(parts)).decode()
     return json.dumps({"version": VERSION, "tensors": entries}, separators=(",", ":"))
 
 
@@ -79,6 +96,10 @@ def parse_text(text: str) -> dict[str, Stamped]:
         document = load_header(text.encode())
     except (BadInput, UnicodeEncodeError) as error:
         raise BadInput(f"a stamp that cannot be read: {error}") from error
+    return _parse_document(document)
+
+
+def _parse_document(document: Mapping[str, Any]) -> dict[str, Stamped]:
     tensors = document.get("tensors")
     if document.get("version") != VERSION or not isinstance(tensors, dict):
         raise BadInput("a stamp of an unknown version")
@@ -90,11 +111,13 @@ def _parse_entry(name: str, entry: object) -> Stamped:
     try:
         digest = bytes.fromhex(str(fields.get("digest", "")))
         chunk_list = base64.b64decode(str(fields.get("chunks", "")), validate=True)
+        parts = base64.b64decode(str(fields.get("parts", "")), validate=True)
     except (ValueError, binascii.Error) as error:
         raise BadInput(f"a stamp with a bad entry for {quoted(name)}") from error
-    if len(digest) != DIGEST_SIZE or len(chunk_list) % DIGEST_SIZE:
+    if len(digest) != DIGEST_SIZE or (len(chunk_list) | len(parts)) % DIGEST_SIZE:
         raise BadInput(f"a stamp with a bad entry for {quoted(name)}")
-    return Stamped(digest, chunk_list)
+    starts = range(0, len(parts), DIGEST_SIZE)
+    return Stamped(digest, chunk_list, tuple(parts[at : at + DIGEST_SIZE] for at in starts))
 
 
 def check_entry(name: str, entry: Stamped, size_bytes: int) -> bytes:
@@ -126,6 +149,8 @@ def read_stamp(name: str, size_bytes: int, read_at: ReadAt) -> dict[str, Stamped
         text = _find_in_gguf(size_bytes, read_at)
     elif end.endswith(".onnx"):
         text = _find_in_onnx(size_bytes, read_at)
+    elif end.endswith(".json"):
+        return _find_in_json(size_bytes, read_at)
     else:
         return None
     return None if text is None else parse_text(text)
@@ -251,6 +276,20 @@ def _varint(value: int) -> bytes:
 
 
 # ---- JSON
+
+
+def _find_in_json(size_bytes: int, read_at: ReadAt) -> dict[str, Stamped] | None:
+    """Return the stamp in a JSON file that can have one; none in any other file."""
+    if size_bytes > MAX_HEADER_BYTES:
+        return None
+    data = read_exactly(read_at, 0, size_bytes)
+    if f'"{KEY}"'.encode() not in data:
+        return None
+    document = load_header(data.lstrip())
+    found = document.get(KEY)
+    if "weightsManifest" not in document and "weight_map" not in document:
+        return None
+    return _parse_document(found) if isinstance(found, dict) else None
 
 
 def _stamp_json(size_bytes: int, read_at: ReadAt, text: str) -> bytes:

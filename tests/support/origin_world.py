@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from tensorswarm.p2p.origins.origin import FileRange, file_url
+from tensorswarm.p2p.origins.origin import FileRange, Place, file_url
 from tensorswarm.p2p.origins.source import OriginSource
 from tensorswarm.p2p.swarm.source import Failure, Outcome, Report, Request, Sink, Span, WantedObject
 from tensorswarm.store.digest import CHUNK_SIZE, chunk_count, digest_of
@@ -37,12 +37,13 @@ OBJECTS = [
     os.urandom(300_000),
 ]
 MODEL = HEADER + OBJECTS[WEIGHTS] + OBJECTS[BIAS] + OBJECTS[NORM]
-PLACES = {
+PLACES: dict[int, Place] = {
     WEIGHTS: FileRange("model.bin", len(MODEL), len(HEADER)),
     BIAS: FileRange("model.bin", len(MODEL), len(HEADER) + len(OBJECTS[WEIGHTS])),
     NORM: FileRange("model.bin", len(MODEL), len(MODEL) - CHUNK_SIZE),
     OTHER: FileRange("sub/other.bin", len(OBJECTS[OTHER]), 0),
 }
+PATHS = ["model.bin", "sub/other.bin"]
 EVERYTHING = tuple(Span(index, 0, chunk_count(len(data))) for index, data in enumerate(OBJECTS))
 IN_MODEL = EVERYTHING[:OTHER]
 HEAD = (Span(WEIGHTS, 0, 1),)
@@ -166,8 +167,7 @@ class World:
 
     def source(self, origin: str | None = None, **options: Any) -> OriginSource:
         origin = origin or self.server.url
-        paths = sorted({place.path for place in PLACES.values()})
-        urls = {path: file_url(origin, path, paths) for path in paths}
+        urls = {path: file_url(origin, path, PATHS) for path in PATHS}
         # Times are far above what a slow machine needs; tests of time-outs set their own.
         times = {"stall_timeout_s": WAIT_S, "progress_timeout_s": WAIT_S, "max_pause_s": 0.0}
         source = OriginSource(origin, PLACES, urls, self.sink, self.log, **(times | options))

@@ -16,6 +16,7 @@ from tensorswarm.p2p.origins.origin import (
     MAX_ORIGIN_URL,
     ContentRange,
     FileRange,
+    JoinedRanges,
     check_origin_url,
     continues_run,
     display_url,
@@ -56,6 +57,51 @@ def test_object_in_no_file_has_no_place() -> None:
     entry = SimpleNamespace(path="a", size_bytes=5, parts=(1,))
     manifest: Any = SimpleNamespace(objects=(ref, ref), files=(entry,))
     assert locate_objects(manifest) == {1: FileRange("a", 5, 0)}
+
+
+def cut_object(cuts: list[int], size_bytes: int, kept: list[int]) -> Any:
+    """Return a manifest whose object 0 lies in files of its slices, some of them left out."""
+    bounds = [0, *cuts, size_bytes]
+    recipes = [
+        SimpleNamespace(kind="slice", parameters=(a,), size_bytes=b - a, inputs=(0,))
+        for a, b in itertools.pairwise(bounds)
+    ]
+    files = [
+        SimpleNamespace(path=f"f{i}", size_bytes=recipes[i].size_bytes, parts=(1 + i,))
+        for i in kept
+    ]
+    objects = (SimpleNamespace(size_bytes=size_bytes),)
+    return SimpleNamespace(objects=objects, files=files, recipes=recipes)
+
+
+def test_object_that_was_cut_is_located_in_all_its_files() -> None:
+    runs = ((FileRange("f0", 10, 0), 10), (FileRange("f1", 5, 0), 5), (FileRange("f2", 7, 0), 7))
+    assert locate_objects(cut_object([10, 15], 22, [2, 0, 1])) == {0: JoinedRanges(runs)}
+    assert locate_objects(cut_object([10, 15], 22, [0, 2])) == {}
+
+
+@given(st.lists(st.integers(1, 3 * CHUNK_SIZE), min_size=1, max_size=6), st.integers(0, CHUNK_SIZE))
+def test_pieces_of_a_cut_object_are_all_of_it_in_order(sizes: list[int], before: int) -> None:
+    runs = tuple((FileRange(f"f{i}", before + size, before), size) for i, size in enumerate(sizes))
+    total = sum(sizes)
+    pieces = list(pieces_of_span(Span(3, 0, -(-total // CHUNK_SIZE)), JoinedRanges(runs), total))
+    position = 0
+    for piece in pieces:
+        assert piece.chunk * CHUNK_SIZE + piece.at == position
+        run = int(piece.place.path[1:])
+        assert before <= piece.offset < piece.stop <= before + sizes[run]
+        assert position == sum(sizes[:run]) + piece.offset - before
+        chunk_bytes = min(CHUNK_SIZE, total - piece.chunk * CHUNK_SIZE)
+        assert piece.at + piece.length + piece.rest == chunk_bytes
+        position += piece.length
+    assert position == total
+    inside = [piece for piece in pieces if not piece.is_part]
+    given_whole = [
+        piece
+        for run, _ in runs
+        for piece in pieces_of_file(run.path, {3: JoinedRanges(runs)}, {3: total})
+    ]
+    assert given_whole == inside
 
 
 def test_pieces_of_span_are_chunks_with_a_short_last_one() -> None:

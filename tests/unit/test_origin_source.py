@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 
 from tensorswarm.p2p.origins.guard import Guard
+from tensorswarm.p2p.origins.origin import FileRange, JoinedRanges
 from tensorswarm.p2p.origins.source import MAX_QUEUED_REQUESTS, OriginSource
 from tensorswarm.p2p.swarm.source import Failure, Outcome, Request, Span
 from tensorswarm.store.digest import CHUNK_SIZE, chunk_count, chunk_length
 from tensorswarm.store.errors import BadInput, LocalError, NoRoom
 from tests.support import http_origin as faults
+from tests.support import origin_world
 from tests.support.origin_world import (
     BIAS,
     EVERYTHING,
@@ -100,6 +102,63 @@ def test_object_outside_all_files_is_lacking(world: World) -> None:
     assert world.ask(source, HEAD).failure is Failure.LACKS
     source.close()
     assert not world.server.seen
+
+
+# An object that lies in two files, as TensorFlow.js cuts them.
+
+
+def cut_source(world: World, monkeypatch: pytest.MonkeyPatch) -> OriginSource:
+    """Return a source of WEIGHTS, its second chunk half in one file and half in another."""
+    cut = CHUNK_SIZE + 5000
+    (world.folder / "1.bin").write_bytes(b"before" + OBJECTS[WEIGHTS][:cut])
+    (world.folder / "2.bin").write_bytes(OBJECTS[WEIGHTS][cut:])
+    rest = len(OBJECTS[WEIGHTS]) - cut
+    runs = ((FileRange("1.bin", 6 + cut, 6), cut), (FileRange("2.bin", rest, 0), rest))
+    monkeypatch.setattr(origin_world, "PLACES", {WEIGHTS: JoinedRanges(runs)})
+    monkeypatch.setattr(origin_world, "PATHS", ["1.bin", "2.bin"])
+    return world.source(connections=1)
+
+
+def test_cut_object_is_put_together(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = cut_source(world, monkeypatch)
+    assert world.ask(source, EVERYTHING[:1]).failure is None
+    assert world.has(WEIGHTS)
+    assert [chunk[1:] for chunk in world.log.chunks] == [
+        (WEIGHTS, chunk, Outcome.PROVED, chunk_length(len(OBJECTS[WEIGHTS]), chunk))
+        for chunk in range(3)
+    ]
+    assert (world.gets("1.bin"), world.gets("2.bin")) == (1, 1)
+
+
+def test_halves_of_a_chunk_that_came_elsewhere_are_answered_once(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = cut_source(world, monkeypatch)
+    world.sink.unwanted.add((WEIGHTS, 1))
+    assert world.ask(source, EVERYTHING[:1]).failure is None
+    outcomes = [(chunk.chunk, chunk.outcome) for chunk in world.log.chunks]
+    assert outcomes == [(0, Outcome.PROVED), (1, Outcome.DUPLICATE), (2, Outcome.PROVED)]
+
+
+def test_cut_object_when_half_of_it_is_not_there(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = cut_source(world, monkeypatch)
+    world.server.fault("1.bin", faults.status(404))
+    assert world.ask(source, EVERYTHING[:1]).failure is Failure.LACKS
+    assert [chunk.chunk for chunk in world.log.chunks] == [2]
+    assert world.log.chunks[0].outcome is Outcome.PROVED
+
+
+def test_cut_object_from_files_that_are_given_whole(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = cut_source(world, monkeypatch)
+    world.server.fault("1.bin", faults.ignore_range)
+    world.server.fault("2.bin", faults.ignore_range)
+    end = world.ask(source, EVERYTHING[:1])
+    assert end.failure is Failure.LACKS
+    assert {chunk.chunk for chunk in world.log.chunks} == {0, 2}
 
 
 # Refusals, and answers that do not fit.

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tensorswarm.cli.main import main
-from tensorswarm.store import sidecar
+from tensorswarm.store import remote_model, sidecar
 from tensorswarm.store.cid import model_cid
 from tensorswarm.store.digest import chunk_list_of, digest_of
 from tensorswarm.store.errors import BadInput
+from tensorswarm.store.formats.companions import MAX_COMPANIONS, companions
 from tensorswarm.store.formats.stamps import Stamped, parse_text, read_stamp, text_of
 from tensorswarm.store.ingest import describe_paths
-from tensorswarm.store.remote_model import RemotePart, describe_remote
+from tensorswarm.store.remote_model import RemoteCopy, describe_remote
 from tensorswarm.store.stamping import describe_with_lists, stamp_file
 from tensorswarm.store.store import Store
 from tests.support.format_files import (
+    onnx_model,
     write_gguf,
     write_npz,
     write_onnx,
+    write_onnx_external,
     write_safetensors,
     write_sharded,
     write_tfjs,
@@ -108,7 +115,9 @@ def test_manifest_from_a_stamp_is_that_of_the_file(name: str, tmp_path: Path) ->
         return data[offset : offset + length]
 
     with Store(tmp_path / "store") as store:
-        found = describe_remote(store, [RemotePart(name, len(data), read_at)])
+        remote = RemoteCopy(name, len(data), read_at, tmp_path / "headers")
+        found = describe_remote(store, [remote])
+        remote.close()
         assert found is not None
         assert found[0] == describe_paths([copy])
         missing = store.missing_objects(found[0], range(len(found[0].objects)))
@@ -116,8 +125,110 @@ def test_manifest_from_a_stamp_is_that_of_the_file(name: str, tmp_path: Path) ->
     assert read < 40_000
     with Store(tmp_path / "other") as store:
         plain = tmp_path / name
-        part = RemotePart(name, plain.stat().st_size, reader(plain))
-        assert describe_remote(store, [part]) is None
+        remote = RemoteCopy(name, plain.stat().st_size, reader(plain), tmp_path / "again")
+        assert describe_remote(store, [remote]) is None
+        remote.close()
+
+
+def typed_onnx(folder: Path, arrays: Arrays) -> None:
+    """Write a model whose integers are varints, which are not the tensor's bytes."""
+    from onnx import TensorProto, helper
+
+    model = onnx_model(arrays)
+    numbers = np.arange(300_000) % 3 - 1
+    model.graph.initializer.append(
+        helper.make_tensor("typed", TensorProto.INT64, numbers.shape, numbers.tolist())
+    )
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [
+        (write_onnx_external, "model.onnx"),
+        (typed_onnx, "model.onnx"),
+        (write_tfjs, "model.json"),
+        (partial(write_tfjs, shard_bytes=1_000_003), "model.json"),
+        (partial(write_sharded, shards=2), "model.safetensors.index.json"),
+    ],
+)
+def test_manifest_of_several_files_from_one_stamp(write: Any, name: str, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    write(site, ARRAYS)
+    stamp_file(site / name, tmp_path / name)
+    (tmp_path / name).replace(site / name)
+    read = 0
+    copies = []
+    for path in sorted(site.iterdir()):
+
+        def read_at(offset: int, length: int, data: bytes = path.read_bytes()) -> bytes:
+            nonlocal read
+            read += length
+            return data[offset : offset + length]
+
+        copy = tmp_path / "headers" / path.name
+        copies.append(RemoteCopy(path.name, path.stat().st_size, read_at, copy))
+    with Store(tmp_path / "store") as store:
+        found = describe_remote(store, copies)
+        assert found is not None
+        assert found[0] == describe_paths([site])
+        missing = store.missing_objects(found[0], range(len(found[0].objects)))
+        assert {2_400_000, 48} <= {found[0].objects[i].size_bytes for i in missing}
+    for each in copies:
+        each.close()
+    assert read < 40_000
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 12)), max_size=20))
+def test_no_byte_is_asked_for_twice(reads: list[tuple[int, int]]) -> None:
+    data = bytes(range(100, 152))
+    asked: list[int] = []
+
+    def read_at(offset: int, length: int) -> bytes:
+        asked.extend(range(offset, offset + length))
+        return data[offset : offset + length]
+
+    with tempfile.TemporaryDirectory() as folder:
+        copy = RemoteCopy("m", len(data), read_at, Path(folder) / "m")
+        for offset, length in reads:
+            assert copy.read_at(offset, length) == data[offset : offset + length]
+        copy.close()
+    assert sorted(asked) == sorted({at for start, n in reads for at in range(start, start + n)})
+
+
+def test_a_stamp_that_saves_nothing_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_onnx(tmp_path, ARRAYS)
+    path = tmp_path / "stamped.onnx"
+    stamp_file(tmp_path / "model.onnx", path)
+    monkeypatch.setattr(remote_model, "MAX_READ_BYTES", 100)
+    with Store(tmp_path / "store") as store:
+        copy = RemoteCopy("m.onnx", path.stat().st_size, reader(path), tmp_path / "headers")
+        assert describe_remote(store, [copy]) is None
+        copy.close()
+
+
+def test_files_that_a_model_names() -> None:
+    def named(name: str, document: Any) -> tuple[str, ...]:
+        data = json.dumps(document).encode()
+        return companions(name, len(data), lambda at, length: data[at : at + length])
+
+    index = {"weight_map": {"a": "2.safetensors", "b": "s/1.safetensors", "c": "2.safetensors"}}
+    assert named("m.index.json", index) == ("2.safetensors", "s/1.safetensors")
+    assert named("f/m.index.json", index) == ("f/2.safetensors", "f/s/1.safetensors")
+    groups = [{"paths": ["./1.bin"], "weights": []}, {"paths": ["2.bin"], "weights": []}]
+    assert named("model.json", {"weightsManifest": groups}) == ("1.bin", "2.bin")
+    assert named("config.json", {"a": 1}) == named("config.json", [1]) == ()
+    for bad in ("../1.bin", "/etc/passwd", "a\\b", "con", 5, "MODEL.JSON"):
+        with pytest.raises(BadInput):
+            named("model.json", {"weightsManifest": [{"paths": [bad]}]})
+    with pytest.raises(BadInput):
+        named("model.json", {"weightsManifest": ["x"]})
+    many = {"weight_map": {str(i): f"{i}.safetensors" for i in range(MAX_COMPANIONS + 1)}}
+    with pytest.raises(BadInput, match="more than"):
+        named("m.json", many)
 
 
 def test_stamped_json_is_still_read(tmp_path: Path) -> None:
