@@ -213,7 +213,11 @@ class _Known:
                     self.contents[content] = ref
                     for piece, digest in zip(pieces, entry.parts, strict=True):
                         self._tell(piece, self._recipe(piece, digest, ref))
-                elif content.extents[0] in places and not content.decode:
+                elif (
+                    not content.decode
+                    and len(content.extents) == 1
+                    and content.extents[0] in places
+                ):
                     ref = self._ref(held.name, entry, content.size_bytes)
                     self._tell(content.extents[0], ref)
 

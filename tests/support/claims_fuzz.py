@@ -7,6 +7,8 @@ printable line, or what came of it is consistent:
 - a *recipe* that was checked reads inside its inputs, and makes no more than its kind can;
 - a *stamp* has digests and chunk lists of the right lengths, and the stamped copy of a file
   has the very bytes that were to be kept;
+- *remote* files with stamps, false ones too, are described by a manifest of those files, or
+  not at all, and each byte of them is read at most once;
 - a *sidecar*'s manifest is that of the model it names, and its lists are those it needs.
 
 Nothing else is raised, and memory stays within a bound that follows from the claim's size
@@ -26,25 +28,31 @@ import sys
 import tempfile
 import tracemalloc
 import zlib
+from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 
 from tensorswarm.store import sidecar
 from tensorswarm.store.cid import model_cid
-from tensorswarm.store.digest import DIGEST_SIZE, digest_of
+from tensorswarm.store.digest import DIGEST_SIZE, EMPTY_DIGEST, digest_of
 from tensorswarm.store.errors import BadInput
 from tensorswarm.store.formats import stamps
 from tensorswarm.store.ingest import describe_paths
 from tensorswarm.store.recipes import Input, check_recipe, make
+from tensorswarm.store.remote_model import RemoteCopy, describe_remote
+from tensorswarm.store.store import Store
 from tests.support.format_fuzz import (
     mutate,
     report,
     seed_gguf,
     seed_onnx,
     seed_safetensors,
+    seed_sharded,
     seed_tfjs,
 )
 
@@ -174,7 +182,8 @@ def _input(data: bytes) -> Input:
 def _stamp_text() -> str:
     small, large = digest_of(b"a"), digest_of(b"b")
     chunks = digest_of(b"c") + digest_of(b"d")
-    return stamps.text_of({"a": stamps.Stamped(small, b""), "w": stamps.Stamped(large, chunks)})
+    told = {"a": stamps.Stamped(small, b"", (large, small)), "w": stamps.Stamped(large, chunks)}
+    return stamps.text_of(told)
 
 
 def _stamped_files() -> list[tuple[str, bytes]]:
@@ -222,12 +231,87 @@ def _parsed(parse: Callable[[], dict[str, stamps.Stamped] | None], size_bytes: i
         for name, entry in entries.items():
             assert len(entry.digest) == DIGEST_SIZE
             assert len(entry.chunk_list) % DIGEST_SIZE == 0
+            assert all(len(part) == DIGEST_SIZE for part in entry.parts)
             listed = stamps.check_entry(name, entry, 2 * MIB if entry.chunk_list else 100)
             assert len(listed) in (0, DIGEST_SIZE)
     except BadInput as error:
         _refusal(error)
         return Outcome(False, size_bytes)
     return Outcome(True, size_bytes)
+
+
+# ---- files elsewhere, described by their stamps
+
+
+class _NoStore:
+    """Stands in for a store that takes everything and keeps nothing."""
+
+    def __init__(self, folder: Path) -> None:
+        self.place = self
+        self._folder = folder
+
+    def temporary(self) -> Path:
+        return self._folder / "scratch"
+
+    def put_blob(self, data: bytes) -> bytes:
+        return digest_of(data)
+
+    def has(self, digest: bytes) -> bool:
+        return False
+
+
+def _sites() -> list[dict[str, bytes]]:
+    """Return stamped models, the digests in the stamps those of other bytes."""
+    found = []
+    for seed in (seed_safetensors, seed_gguf, seed_onnx, seed_tfjs, seed_sharded):
+        files = dict(seed()[0])
+        name, data = next(iter(files.items()))
+        item = _input(data)
+        read_at = lambda at, length, item=item: bytes(item.read_at(at, length))  # noqa: E731
+        told = {
+            each: stamps.Stamped(digest_of(each.encode()), b"", parts)
+            for each, parts in (("a", ()), ("w", ()), ("q", ()), ("b", (EMPTY_DIGEST,) * 2))
+        }
+        parts = stamps.stamped(name, len(data), read_at, stamps.text_of(told | {"e": told["a"]}))
+        files[name] = b"".join(stamps.bytes_of(parts, read_at, 1 << 16))
+        found.append(files)
+    return found
+
+
+SITES = _sites()
+
+
+def try_remote(rng: random.Random) -> Outcome:
+    """Describe a changed model by its stamps."""
+    files = dict(rng.choice(SITES))
+    victim = rng.choice(sorted(files)) if rng.random() < 0.2 else next(iter(files))
+    if rng.random() < 0.95:
+        files[victim] = mutate(files[victim], rng)
+    total = sum(map(len, files.values()))
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        read: Counter[tuple[str, int]] = Counter()
+
+        def read_at(name: str, offset: int, length: int) -> bytes:
+            read.update((name, at) for at in range(offset, offset + length))
+            return bytes(_input(files[name]).read_at(offset, length))
+
+        copies = [
+            stack.enter_context(
+                closing(RemoteCopy(name, len(data), partial(read_at, name), folder / name))
+            )
+            for name, data in files.items()
+        ]
+        try:
+            found = describe_remote(cast(Store, _NoStore(folder)), copies)
+        except BadInput as error:
+            _refusal(error)
+            return Outcome(False, total)
+        assert not read or max(read.values()) == 1
+        if found is not None:
+            sizes = {file.path: file.size_bytes for file in found[0].files}
+            assert sizes == {name: len(data) for name, data in files.items()}
+        return Outcome(found is not None, total)
 
 
 # ---- sidecars
@@ -288,6 +372,7 @@ def try_sidecar(rng: random.Random) -> Outcome:
 
 CLAIMS: dict[str, Callable[[random.Random], Outcome]] = {
     "recipe": try_recipe,
+    "remote": try_remote,
     "sidecar": try_sidecar,
     "stamp": try_stamp,
 }

@@ -171,4 +171,4 @@ def test_constraints_pin_everything_declared() -> None:
         assert re.fullmatch(r"[\w.-]+==[\w.]+", line), f"not a plain pin: {line}"
     names = {normal(line.partition("==")[0]) for line in pins}
     assert len(names) == len(pins)
-    assert declared("test", "check", "bench") <= names
+    assert declared("test", "check", "bench", "fuzz") <= names

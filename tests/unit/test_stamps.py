@@ -180,6 +180,26 @@ def test_manifest_of_several_files_from_one_stamp(write: Any, name: str, tmp_pat
     assert read < 40_000
 
 
+def test_a_cut_tensor_whose_parts_the_stamp_does_not_tell_is_read(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    write_tfjs(site, ARRAYS, shard_bytes=1_000_003)
+    stamp_file(site / "model.json", tmp_path / "model.json")
+    document = json.loads((tmp_path / "model.json").read_text())
+    assert len(document["tensorswarm"]["tensors"]["large"].pop("parts")) > 0
+    (site / "model.json").write_text(json.dumps(document))
+    copies = [
+        RemoteCopy(path.name, path.stat().st_size, reader(path), tmp_path / "headers" / path.name)
+        for path in sorted(site.iterdir())
+    ]
+    with Store(tmp_path / "store") as store:
+        found = describe_remote(store, copies)
+        assert found is not None
+        assert found[0] == describe_paths([site])
+    for each in copies:
+        each.close()
+
+
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 12)), max_size=20))
 def test_no_byte_is_asked_for_twice(reads: list[tuple[int, int]]) -> None:
     data = bytes(range(100, 152))
