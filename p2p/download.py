@@ -256,7 +256,11 @@ class Download:
         if not (self._origins and self._swarm_key) or now < self._roster_at:
             return
         self._roster_at = now + ROSTER_INTERVAL_S
-        failed = {name for name, source in self._sources.items() if source.dropped}
+        failed = {
+            name
+            for name, source in self._sources.items()  # who stalled may only be busy
+            if source.dropped and source.failure is not Failure.STALLED
+        }
         wanting = self._neighbours.wanting(self._swarm_key)
         if self._roster.update(now, wanting, failed):
             members = self._roster.members
@@ -312,6 +316,7 @@ class Download:
         if outcome is Outcome.PROVED:
             self._moved_at = now
             self._planner.chunk_proved(now, source, index, chunk, byte_count)
+            self._roster.proved()
             self._news.note([index])
             giver = self._sources.get(source)
             if giver is not None:
@@ -333,6 +338,7 @@ class Download:
             return
         self._moved_at = now
         self._planner.small_proved(now, source, proved)
+        self._roster.proved()  # one answer, however many there are in it
         self._news.note(proved)
         giver = self._sources.get(source)
         if giver is not None:

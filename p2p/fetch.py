@@ -53,7 +53,8 @@ MORE_PEERS_PAUSE_S = 10.0
 """Pause between rounds of the search while a download runs well."""
 
 MEET_OTHERS_PAUSE_S = 1.0
-"""The first such pause when there is an origin: others share it with us once we meet."""
+"""The first such pause when there is an origin, and each is twice as long as the one before:
+others share it with us once we meet."""
 
 LOOK_INTERVAL_S = 0.5
 """How often it is looked whether something lacks a source, while nothing does."""
@@ -409,14 +410,14 @@ class Fetch:
 
             def joined(peer_id: str) -> None:
                 download.search_is_over = False
-                asking.start_soon(self._want, peer_id, everything)
+                asking.start_soon(self._introduce, peer_id, everything)
 
             neighbours.joined.append(joined)
             try:
                 async with trio.open_nursery() as first:
                     asking = first
                     for neighbour in neighbours.all():
-                        first.start_soon(self._want, neighbour.peer_id, everything)
+                        first.start_soon(self._introduce, neighbour.peer_id, everything)
                     first.start_soon(self._search.round, keys)
                 asking = nursery
                 settled.set()
@@ -428,7 +429,6 @@ class Fetch:
         self, download: Download, keys: Sequence[bytes], digests: Sequence[bytes]
     ) -> None:
         fruitless = 0
-        # Who begins at the same moment may have asked before we could be told of.
         pause = MEET_OTHERS_PAUSE_S if self._options.origins else MORE_PEERS_PAUSE_S
         next_round = trio.current_time() + pause
         while True:
@@ -446,9 +446,15 @@ class Fetch:
             count = 1 if fruitless == 1 else LARGEST_LACKING
             largest = [digests[index] for index in lacking[:count]]
             await self._search.round([*keys, *largest], widely=bool(lacking))
-            next_round = trio.current_time() + MORE_PEERS_PAUSE_S
+            pause = min(2 * pause, MORE_PEERS_PAUSE_S)
+            next_round = trio.current_time() + pause
 
-    async def _want(self, peer_id: str, digests: Sequence[bytes]) -> None:
+    async def _introduce(self, peer_id: str, digests: Sequence[bytes]) -> None:
+        """Tell a neighbour what we want, and then ask it who else does.
+
+        In this order: of two that begin at the same moment and share a neighbour, at
+        least one is then told of the other.
+        """
         neighbour = self._services.neighbours.get(peer_id)
         if neighbour is None or peer_id in self._inquiry.distrusted:
             return
@@ -456,6 +462,8 @@ class Fetch:
             await neighbour.want(digests)
         except RemoteError as error:
             self._search.note_failure(peer_id, error)
+            return
+        await self._search.ask_neighbour(peer_id, digests[0])
 
     async def _unsubscribe(self, digests: Sequence[bytes]) -> None:
         for neighbour in self._services.neighbours.all():

@@ -58,12 +58,15 @@ class Neighbour:
         What it said of itself; set by `greet`.
     interests : set of bytes
         Digests it asked about and wants to hear news of.
+    earlier : Neighbour or None
+        The same peer on an earlier stream, for when this one ends.
     """
 
     def __init__(self, peer_id: str, stream: Stream, answers: Answers, owner: Owner) -> None:
         self.peer_id = peer_id
         self.hello = wire.Hello(1, "", (), (), ())
         self.interests: set[bytes] = set()
+        self.earlier: Neighbour | None = None
         self._stream = stream
         self._answers = answers
         self._owner = owner

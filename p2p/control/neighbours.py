@@ -157,8 +157,13 @@ class Neighbours:
 
     def _add(self, neighbour: Neighbour) -> None:
         peer_id = neighbour.peer_id
-        is_new = peer_id not in self._table
-        # Both may dial at once: the later stream is used, the earlier is answered until it ends.
+        earlier = self._table.get(peer_id)
+        is_new = earlier is None
+        if earlier is not None and not earlier.is_closed:
+            # Both dialled at once. The later stream is used, the earlier is answered until it
+            # ends, and what the peer asked to hear of on either counts for both.
+            neighbour.interests = earlier.interests
+            neighbour.earlier, earlier.earlier = earlier, None
         self._table[peer_id] = neighbour
         self._held.setdefault(peer_id, set())
         if is_new:
@@ -169,7 +174,12 @@ class Neighbours:
         try:
             await neighbour.run()
         finally:
-            if self._table.get(neighbour.peer_id) is neighbour:
+            earlier, neighbour.earlier = neighbour.earlier, None
+            if self._table.get(neighbour.peer_id) is not neighbour:
+                pass
+            elif earlier is not None and not earlier.is_closed:
+                self._table[neighbour.peer_id] = earlier
+            else:
                 del self._table[neighbour.peer_id]
                 self._held.pop(neighbour.peer_id, None)
                 for listener in list(self.left):

@@ -95,6 +95,11 @@ class Search:
                     topic = b"" if widely else keys[0]
                     nursery.start_soon(self._ask_neighbour, neighbour.peer_id, topic, nursery)
 
+    async def ask_neighbour(self, peer_id: str, key: bytes) -> None:
+        """Ask one neighbour who else holds or wants something, and meet them."""
+        async with trio.open_nursery() as nursery:
+            await self._ask_neighbour(peer_id, key, nursery)
+
     def _is_to_be_looked_up(self, key: bytes) -> bool:
         now = trio.current_time()
         if now - self._looked_up_at.get(key, -FRESH_S) < FRESH_S:

@@ -12,6 +12,7 @@ No I/O, no clock.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -68,7 +69,9 @@ class Crowd:
         self._since = 0.0
         self._moved_at: float | None = None
         self._heard_at = 0.0
+        self._came_at = 0.0
         self._proved_chunks = 0
+        self._latest: deque[bool] = deque(maxlen=limits.duty_trial_chunks)  # from peers or not
         self._peer_rate = SteadyRate(limits.duty_memory_s)
         self._was_last_call = False
 
@@ -83,13 +86,21 @@ class Crowd:
         self._duty.set_members(key, me, others)
         if not was_here:
             self._since = now
+            self._latest.clear()
 
     def proved(self, now: float, kind: SourceKind | None, byte_count: int) -> None:
         """Note a chunk that was proved, and what sort of source gave it."""
         self._moved_at = now
         self._proved_chunks += 1
+        if kind is not None:
+            self._latest.append(kind is SourceKind.PEER)
         if kind is SourceKind.PEER:
             self._peer_rate.note(now, byte_count)
+
+    def progressed(self, now: float, kind: SourceKind) -> None:
+        """Note bytes that came: a chunk may take long, and is on its way."""
+        if kind is SourceKind.PEER:
+            self._came_at = now
 
     def heard(self, now: float) -> None:
         """Note that a source has something new for us: the swarm is alive."""
@@ -147,7 +158,7 @@ class Crowd:
         draft = self._duty.draft(state, room_bytes)
         if draft.positions:
             return Choice(draft)
-        held_at = moved_at + 2 * self._limits.duty_patience_s
+        held_at = max(moved_at, self._came_at) + 2 * self._limits.duty_patience_s
         if now < held_at:
             return Choice(_NOTHING, held_at)
         # Peers hold all that is missing, and nothing comes of them.
@@ -180,8 +191,16 @@ class Crowd:
         return self._picker.pick_scattered(state, room_bytes, by_rarity=by_rarity)
 
     def _is_far_ahead(self, now: float, origin: SourceState) -> bool:
-        """Tell whether an origin is so fast that waiting for peers would only lose time."""
-        rate = origin.rate.bytes_per_s
-        if rate is None or now < self._since + self._limits.duty_trial_s:
+        """Tell whether an origin is so fast that waiting for peers would only lose time.
+
+        The latest chunks must say so, too: where everything is slow, nothing has come of
+        the peers for a moment again and again.
+        """
+        rate, limits = origin.rate.bytes_per_s, self._limits
+        if rate is None or now < self._since + limits.duty_trial_s:
             return False
-        return rate > self._limits.duty_gain * self._peer_rate.at(now)
+        if rate <= limits.duty_gain * self._peer_rate.at(now):
+            return False
+        of_peers = sum(self._latest)
+        is_tried = len(self._latest) == limits.duty_trial_chunks
+        return is_tried and len(self._latest) - of_peers > limits.duty_gain * of_peers

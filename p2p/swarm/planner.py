@@ -286,6 +286,7 @@ class Planner(PlannerView):
         if not byte_count:
             state.head_since = now
             return
+        self._crowd.progressed(now, state.kind)
         if not state.has_spoken:
             self._check_at = min(self._check_at, now + self.limits.stall_s)
         if request is None:

@@ -108,6 +108,9 @@ class PlannerLimits:
     """An origin so many times as fast as all peers together is asked freely."""
     duty_trial_s: float = 5.0
     """Not before the peers have had so long to show what they give."""
+    duty_trial_chunks: int = 20
+    """Nor before so many chunks have come, most of them from the origin: where a chunk
+    takes seconds, no time is long enough to judge by."""
     duty_memory_s: float = 2.0
     """Time over which the speed of the peers is averaged for that."""
     near_first: bool = False

@@ -130,6 +130,30 @@ def test_an_origin_far_ahead_of_all_peers_is_asked_freely() -> None:
     assert len(spans) >= 50  # though it is not on duty, and a silent peer holds everything
 
 
+def test_an_origin_almost_as_slow_as_the_peers_is_asked_for_our_own_chunks_alone() -> None:
+    """A chunk takes seconds: for a moment nothing has come of the peers, again and again."""
+    planner = member(RANKED[0], chunks=600)
+    planner.add_source(0.0, "peer", SourceKind.PEER)
+    planner.source_holds(0.0, "peer", 0, bytes(25) + b"\xff" * 50)
+    asks, in_flight = list[int](), list[tuple[float, str, int, int]]()
+    for now in map(float, range(800)):
+        for action in planner.actions(now):
+            if isinstance(action, Ask):
+                request = action.request
+                chunk = request.spans[0].first_chunk
+                takes_s = 3 if request.source == "origin" else 8
+                in_flight.append((now + takes_s, request.source, request.request_id, chunk))
+                asks += [chunk] if request.source == "origin" else []
+        for done_at, source, request_id, chunk in list(in_flight):
+            planner.progress(now, source, request_id, CHUNK_SIZE // 8)
+            if done_at <= now:
+                in_flight.remove((done_at, source, request_id, chunk))
+                planner.chunk_proved(now, source, 0, chunk, CHUNK_SIZE)
+                planner.request_done(now, source, request_id)
+    assert len(asks) > 20
+    assert max(asks) < 200  # the peer holds what comes behind
+
+
 # upload slots
 
 

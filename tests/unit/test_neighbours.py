@@ -1,0 +1,142 @@
+"""The table of neighbours: one peer on two streams, and news for those who read slowly."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import trio
+from trio.testing import memory_stream_pair
+
+from tensorswarm.p2p.control import wire
+from tensorswarm.p2p.control.answers import Answers
+from tensorswarm.p2p.control.neighbour import Neighbour
+from tensorswarm.p2p.control.neighbours import Neighbours
+from tensorswarm.p2p.host.host import Host, Stream
+from tensorswarm.store.errors import NoSource
+from tensorswarm.store.store import Store
+from tests.support.store_world import DEADLINE_S
+
+ME = "12D3KooWPjceQrSwdWXPyLLeABRXmuqt69Rg3sBYbU1Nft9HyQ6X"
+PEER = "12D3KooWH3uVF6wv47WnArKHk5p6cvgCJEb74UTmxztmQDc298L3"
+MODEL = bytes(range(32))
+
+
+class MemoryStream:
+    """One end of a stream between two nodes, as `host.Stream` looks."""
+
+    def __init__(self, inner: trio.abc.Stream) -> None:
+        self._inner = inner
+
+    async def send(self, data: bytes) -> None:
+        try:
+            await self._inner.send_all(data)
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise NoSource("the stream broke") from error
+
+    async def receive_some(self) -> bytes:
+        try:
+            return bytes(await self._inner.receive_some(1 << 16))
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise NoSource("the stream broke") from error
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+
+class FakeHost:
+    """Hands streams to the table of neighbours, as if they came in from a peer."""
+
+    peer_id = ME
+
+    def __init__(self) -> None:
+        self.accept: Callable[[str, Stream], Awaitable[None]]
+
+    def set_handler(self, _protocol: str, handler: Callable[[str, Stream], Any]) -> None:
+        self.accept = handler
+
+
+class Heard:
+    """What a peer at the other end hears of us."""
+
+    def __init__(self) -> None:
+        self.entries: list[wire.HaveEntry] = []
+
+    def on_have(self, _peer_id: str, entries: Sequence[wire.HaveEntry]) -> None:
+        self.entries += entries
+
+    def peers_for(self, _digest: bytes, _asker: str) -> list[wire.PeerEntry]:
+        return []
+
+
+def hello() -> wire.Hello:
+    return wire.Hello(1, "test", (), (), ())
+
+
+class World:
+    """Our table of neighbours, and one peer that opens streams to us."""
+
+    def __init__(self, store: Store, nursery: trio.Nursery) -> None:
+        self.host = FakeHost()
+        self.answers = Answers(store)
+        self.ours = Neighbours(cast(Host, self.host), self.answers, hello)
+        self.heard = Heard()
+        self._nursery = nursery
+
+    async def dial(self) -> Neighbour:
+        """Let the peer open one more stream to us; returns its end, in use."""
+        here, there = memory_stream_pair()
+        self._nursery.start_soon(self.host.accept, PEER, cast(Stream, MemoryStream(here)))
+        end = Neighbour(ME, cast(Stream, MemoryStream(there)), self.answers, self.heard)
+        await end.greet(hello())
+        self._nursery.start_soon(end.run)
+        return end
+
+
+def in_world(store_folder: Path, test: Callable[[World], Awaitable[None]]) -> None:
+    async def main() -> None:
+        with Store(store_folder) as store, trio.fail_after(DEADLINE_S):
+            async with trio.open_nursery() as nursery:
+                world = World(store, nursery)
+                await nursery.start(world.ours.run)
+                await test(world)
+                nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+def test_what_is_asked_on_either_of_two_streams_counts(tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        first = await world.dial()
+        await first.want([MODEL])
+        second = await world.dial()
+        await second.get_peers(b"")  # answered: so it is in the table
+        assert world.ours.wanting(MODEL) == [PEER]
+        await world.ours.tell([wire.HaveEntry(MODEL, 5, None, b"")])
+        await second.unwant([MODEL])
+        await second.get_peers(b"")
+        assert world.ours.wanting(MODEL) == []
+
+    in_world(tmp_path, test)
+
+
+def test_a_peer_stays_while_one_of_its_streams_does(tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        has_left = trio.Event()
+        world.ours.left.append(lambda _peer_id: has_left.set())
+        first = await world.dial()
+        await first.get_peers(b"")
+        second = await world.dial()
+        await second.want([MODEL])
+        later = world.ours.get(PEER)
+        await second.close()
+        while world.ours.get(PEER) is later:
+            await trio.lowlevel.checkpoint()
+        assert world.ours.wanting(MODEL) == [PEER]
+        assert not has_left.is_set()
+        await first.close()
+        await has_left.wait()
+        assert not world.ours.all()
+
+    in_world(tmp_path, test)
