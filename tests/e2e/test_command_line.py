@@ -263,6 +263,22 @@ def test_without_the_network_no_libp2p(small: Model, code: str) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_ctrl_c_while_the_command_is_still_imported() -> None:
+    """No traceback then either: exit 130."""
+    code = """
+import sys
+class Interrupts:
+    def find_spec(self, name, path=None, target=None):
+        if name == "tensorswarm.cli.main":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupts())
+from tensorswarm.__main__ import run
+sys.exit(run())
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
 def test_weights_file_is_what_it_was(processes: Processes, small: Model, tmp_path: Path) -> None:
     """A file chosen by --include comes out of `export` alone, bit for bit."""
     where = ("--store", small.store, "--json")

@@ -88,7 +88,7 @@ def test_wheel_carries_licence_and_command(wheel: Path) -> None:
     names = archive.namelist()
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     (entry_points,) = [name for name in names if name.endswith("/entry_points.txt")]
-    assert b"tensorswarm = tensorswarm.cli.main:main" in archive.read(entry_points)
+    assert b"tensorswarm = tensorswarm.__main__:run" in archive.read(entry_points)
 
 
 def test_installed_package_is_imported_without_libp2p(wheel: Path, tmp_path: Path) -> None:
