@@ -273,6 +273,7 @@ def run_one(chunks: int, folder: Path) -> dict[str, float]:
     from tensorswarm.p2p.node import Node  # as a node has it: with all it imports
     from tensorswarm.p2p.routes import Via
     from tensorswarm.p2p.services import Services
+    from tensorswarm.p2p.swarm.types import Distance
     from tensorswarm.store.manifest import Manifest
     from tensorswarm.store.store import Store
 
@@ -301,6 +302,9 @@ def run_one(chunks: int, folder: Path) -> dict[str, float]:
 
             def without_bulk(self, name: str) -> Via:
                 return Via.STREAM
+
+            def distance(self, name: str) -> Distance:
+                return Distance.WIDE
 
         services: Any = Services(
             store,

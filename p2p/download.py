@@ -13,8 +13,7 @@ ours, and taking them for liars would cost us good sources.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import trio
 
@@ -25,7 +24,7 @@ from tensorswarm.store.errors import (
     Refused,
     TensorswarmError,
 )
-from tensorswarm.store.incoming import Incoming
+from tensorswarm.store.wanted import Wanted
 
 from .bulk.sink import (
     ChunkCame,
@@ -38,6 +37,8 @@ from .bulk.sink import (
 )
 from .control import wire
 from .control.neighbours import Neighbours
+from .download_sources import KnownSource, OriginSpec
+from .holdings import Holdings, set_bits
 from .limits.rates import RateLimiter
 from .news import News
 from .origins.origin import Place, display_url, runs_of
@@ -46,7 +47,7 @@ from .results import SourceReport
 from .roster import Roster
 from .routes import Distance, Routes, Via
 from .swarm.planner import Ask, Cancel, Drop, Planner, PlannerLimits, SourceKind
-from .swarm.source import Failure, Outcome, SmallOutcome, SourceWorker, Span
+from .swarm.source import Failure, Outcome, SmallOutcome, Span
 
 RETRY_BACKOFF_S = (1.0, 3.0, 10.0)
 """Pauses before a source that failed for a passing reason is tried again."""
@@ -63,6 +64,9 @@ LAST_NEWS_S = 1.0
 ROSTER_INTERVAL_S = 0.1
 """How often it is looked who else fetches the same, at most."""
 
+PORTION_INTERVAL_S = 0.02
+"""How often it is looked whether more should be made ready, at most."""
+
 TICK_S = 1.0
 """Longest sleep of the loop, so that the time-outs that concern the whole are noticed."""
 
@@ -70,54 +74,13 @@ MOVED_BYTES = 16 << 10
 """Bytes after which a download counts as moving, though no chunk is complete: a chunk
 takes a minute at the lowest rate that can be set. A byte a second never gets there."""
 
-PASSING = frozenset({Failure.STALLED, Failure.CLOSED, Failure.UNREACHABLE})
-
-
-@dataclass
-class OriginSpec:
-    """An origin, ready to be asked.
-
-    Attributes
-    ----------
-    url : str
-        As the user gave it.
-    places : mapping of bytes to FileRange or JoinedRanges
-        Where each wanted object lies, by its digest.
-    urls : mapping of str to str
-        The URL of each file.
-    """
-
-    url: str
-    places: Mapping[bytes, Place]
-    urls: Mapping[str, str]
-
-
-@dataclass
-class _Source:
-    """What the shell remembers of a source."""
-
-    kind: SourceKind
-    worker: SourceWorker | None = None
-    via: Via | None = None
-    failures: int = 0
-    failure: Failure | None = None
-    reason: str = ""
-    dropped: bool = False
-    retry_at: float | None = None
-    holds: dict[int, bytes | None] = field(default_factory=dict)
-
-    @property
-    def banned(self) -> bool:
-        """Whether it is never asked again in this download."""
-        return self.dropped and self.failure not in PASSING
-
 
 class Download:
     """Bring a list of objects into the store.
 
     Parameters
     ----------
-    incoming : sequence of Incoming
+    wanted : Wanted
         The objects, each partly proved perhaps; positions are the object indices.
     neighbours : Neighbours
         The peers, and where they say what they hold.
@@ -143,7 +106,7 @@ class Download:
 
     def __init__(
         self,
-        incoming: Sequence[Incoming],
+        wanted: Wanted,
         *,
         neighbours: Neighbours,
         routes: Routes,
@@ -155,33 +118,35 @@ class Download:
         swarm_key: bytes = b"",
         near_first: bool = False,
     ) -> None:
-        self._incoming = incoming
-        self._index_of = {each.digest: i for i, each in enumerate(incoming)}
+        self._wanted = wanted
         self._neighbours = neighbours
         self._routes = routes
         self._origins = origins
         self._on_progress = on_progress
         self._limiter = limiter
         self._events = EventQueue()
-        self._sink = StoreSink(incoming)
+        self._sink = StoreSink(wanted)
         limits = PlannerLimits(near_first=near_first)
         self._planner = Planner(
-            [each.size_bytes for each in incoming],
+            wanted.sizes(),
             rng=rng,
-            proved={i: each.proved() for i, each in enumerate(incoming) if each.has_proved},
+            proved=wanted.begun_bitmaps(),
             priorities={
-                i: urgency[each.digest] for i, each in enumerate(incoming) if each.digest in urgency
+                i: level for digest, level in urgency.items() if (i := wanted.find(digest)) >= 0
             },
             limits=limits if limiter is None else limits.slowed_to(limiter.bytes_per_s),
-            keys=[each.digest for each in incoming],
+            keys=wanted.digests,
+            unready=wanted.unready(),
         )
-        self._sources: dict[str, _Source] = {}
+        self._sources: dict[str, KnownSource] = {}
         self._refused: dict[str, int] = {}
         self._asked: dict[tuple[str, int], tuple[Span, ...]] = {}
-        self._news = News(incoming)
+        self._news = News(wanted)
         self._swarm_key = swarm_key
         self._roster = Roster()
         self._roster_at = 0.0
+        self._portion_due = trio.Event()
+        self._portion_at = 0.0
         self._moved_at = trio.current_time()
         self._came_bytes = 0  # since it moved
         self.search_is_over = False
@@ -246,6 +211,7 @@ class Download:
             self._look_who_is_here(now)
             for action in self._planner.actions(now):
                 self._act(now, action)
+            self._see_to_portions(now)
             self._check_stuck(now, timeout_s)
             deadline = self._planner.next_deadline(now)
             with trio.move_on_at(min(deadline or now + TICK_S, now + TICK_S)):
@@ -268,13 +234,7 @@ class Download:
 
     async def _settle(self) -> None:
         """Wait until the whole objects are verified and in the index."""
-        for incoming in self._incoming:
-            future = incoming.finished
-            if not future.done():
-                await trio.to_thread.run_sync(future.exception)
-            error = future.exception()
-            if error is not None:
-                raise error
+        await trio.to_thread.run_sync(self._wanted.wait_ended)
 
     def _take_event(self, now: float, event: object) -> None:
         match event:
@@ -305,9 +265,8 @@ class Download:
         worker does not ask for a chunk that is there already.
         """
         for index, first, count in self._asked.pop((source, request_id), ()):
-            incoming = self._incoming[index]
             for chunk in range(first, first + count):
-                if not incoming.is_missing(chunk):
+                if not self._wanted.is_missing(index, chunk):
                     self._planner.chunk_proved(now, None, index, chunk, 0)
 
     def _take_chunk(
@@ -362,23 +321,63 @@ class Download:
             case Drop(source=name, failure=failure, detail=detail):
                 self._give_up(now, name, failure, detail)
 
+    # ---- getting ready
+
+    @property
+    def is_unready(self) -> bool:
+        """Whether anything cannot be asked for yet."""
+        return self._planner.readiness.is_unready
+
+    def next_portion(self) -> list[int]:
+        """Return the objects that should be prepared next."""
+        return self._planner.readiness.next_portion()
+
+    def make_ready(self, indices: Sequence[int], proved: Mapping[int, bytes]) -> None:
+        """Note objects that are prepared, and what was here of them."""
+        now = trio.current_time()
+        for index, bits in proved.items():
+            before_bytes = self._planner.missing_bytes
+            for chunk in set_bits(bits):
+                self._planner.chunk_proved(now, None, index, chunk, 0)
+            self._on_progress(before_bytes - self._planner.missing_bytes)
+            self._news.note([index])
+        self._planner.make_ready(now, indices)
+        self._moved_at = now
+        self._events.wake()
+
+    async def wait_portion_due(self) -> None:
+        """Wait until another portion should be prepared."""
+        self._portion_due = trio.Event()
+        if not self._origins:  # one that ignores ranges sends what cannot be taken yet
+            self._events.wake()
+            await self._portion_due.wait()
+
+    def _see_to_portions(self, now: float) -> None:
+        if now >= self._portion_at and not self._portion_due.is_set():
+            self._portion_at = now + PORTION_INTERVAL_S
+            if self._planner.readiness.is_due():
+                self._portion_due.set()
+
     # ---- sources
 
     def _start_origin(self, origin: OriginSpec) -> None:
         now = trio.current_time()
-        source = _Source(SourceKind.ORIGIN, holds=dict.fromkeys(self._places(origin)))
+        source = KnownSource(SourceKind.ORIGIN, holds=self._holds(self._places(origin)))
         self._sources[origin.url] = source
         self._restart(now, origin.url, source)
 
     def _places(self, origin: OriginSpec) -> dict[int, Place]:
         """Return where the wanted objects lie at an origin, by object index."""
         return {
-            self._index_of[digest]: place
+            index: place
             for digest, place in origin.places.items()
-            if digest in self._index_of
+            if (index := self._wanted.find(digest)) >= 0
         }
 
-    def _restart(self, now: float, name: str, source: _Source) -> None:
+    def _holds(self, whole: Iterable[int] = ()) -> Holdings:
+        return Holdings(len(self._wanted), whole)
+
+    def _restart(self, now: float, name: str, source: KnownSource) -> None:
         """Begin with a source: connect, and tell the planner what it holds."""
         source.retry_at = None
         if source.kind is SourceKind.ORIGIN:
@@ -395,14 +394,11 @@ class Download:
             source.via, source.worker = self._routes.start(now, name, self._sink, self._events)
         distance = self._distance(name, source)
         self._planner.add_source(now, name, source.kind, distance=distance)
-        self._planner.source_holds_whole(
-            now, name, [index for index, proved in source.holds.items() if proved is None]
-        )
-        for index, proved in source.holds.items():
-            if proved is not None:
-                self._planner.source_holds(now, name, index, proved)
+        self._planner.source_holds_whole(now, name, source.holds.whole())
+        for index, proved in source.holds.parts.items():
+            self._planner.source_holds(now, name, index, proved)
 
-    def _distance(self, name: str, source: _Source) -> Distance:
+    def _distance(self, name: str, source: KnownSource) -> Distance:
         if source.kind is SourceKind.ORIGIN:
             return Distance.ORIGIN
         return self._routes.distance(name)
@@ -424,22 +420,21 @@ class Download:
         source = self._sources.get(peer_id)
         fresh = source is None
         if source is None:
-            source = _Source(SourceKind.PEER)
+            source = KnownSource(SourceKind.PEER, holds=self._holds())
         known = False
         whole: list[int] = []
         for entry in entries:
-            index = self._index_of.get(entry.digest)
-            if index is None:
+            index = self._wanted.find(entry.digest)
+            if index < 0:
                 continue
-            if not _is_of_use(entry, self._incoming[index]):
+            if not self._is_of_use(entry, index):
                 if index in source.holds:  # an entry replaces what was said before
-                    del source.holds[index]
+                    source.holds.discard(index)
                     self._planner.source_lacks(now, peer_id, index)
                 continue
             known = True
-            if index not in source.holds or source.holds[index] != entry.bitmap:
+            if source.holds.add(index, entry.bitmap):
                 self._roster.heard(now, peer_id)
-            source.holds[index] = entry.bitmap
             if entry.bitmap is None:
                 whole.append(index)
             elif source.worker is not None:
@@ -452,6 +447,12 @@ class Download:
         if fresh:
             self._restart(now, peer_id, source)
         self._events.wake()
+
+    def _is_of_use(self, entry: wire.HaveEntry, index: int) -> bool:
+        """Tell whether what a neighbour holds of an object can be what we want of it."""
+        if entry.size_bytes != self._wanted.size_bytes(index):
+            return False
+        return entry.bitmap is None or entry.chunk_list == self._wanted.chunk_list_digest(index)
 
     def _request_failed(
         self, now: float, name: str, request_id: int, failure: Failure, detail: str
@@ -466,7 +467,7 @@ class Download:
         if source is not None and is_origin and failure is Failure.BAD_BYTES:
             self._give_up_file(now, name, source, detail)
 
-    def _give_up_file(self, now: float, name: str, source: _Source, detail: str) -> None:
+    def _give_up_file(self, now: float, name: str, source: KnownSource, detail: str) -> None:
         """Take nothing more of a file that an origin has with other bytes in it."""
         origin = next(origin for origin in self._origins if origin.url == name)
         places = self._places(origin)
@@ -475,7 +476,7 @@ class Download:
         for index, place in places.items():
             lies_there = any(run.path in bad_paths for run in runs_of(place))
             if lies_there and index in source.holds:
-                del source.holds[index]
+                source.holds.discard(index)
                 self._planner.source_lacks(now, name, index)
         if not source.holds:
             self._planner.remove_source(now, name)
@@ -515,12 +516,12 @@ class Download:
 
     def missing_bytes_of(self, index: int) -> int:
         """Return how many bytes of an object are still missing."""
-        return self._incoming[index].missing_bytes()
+        return self._wanted.missing_bytes(index)
 
     def _check_stuck(self, now: float, timeout_s: float) -> None:
         waited = now - self._moved_at
         if waited < timeout_s:
-            if not self.search_is_over or self._has_work(now):
+            if not self.search_is_over or self._has_work(now) or self.is_unready:
                 return
             if any(s.worker is not None for s in self._sources.values()) and not self.lacking():
                 return
@@ -582,10 +583,3 @@ class Download:
                     )
                 )
         return reports, statistics.duplicate_bytes + statistics.refused_bytes
-
-
-def _is_of_use(entry: wire.HaveEntry, incoming: Incoming) -> bool:
-    """Tell whether what a neighbour holds of an object can be what we want of it."""
-    if entry.size_bytes != incoming.size_bytes:
-        return False
-    return entry.bitmap is None or entry.chunk_list == incoming.chunk_list_digest

@@ -12,36 +12,37 @@ what is here already, download what is missing, export.
 from __future__ import annotations
 
 import contextlib
+from array import array
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import trio
 
-from tensorswarm.store.digest import DIGEST_SIZE, chunk_count, digest_of
+from tensorswarm.store.digest import CHUNK_SIZE, DIGEST_SIZE, chunk_count
 from tensorswarm.store.errors import (
     BadInput,
     HashMismatch,
-    NoRoom,
     NoSource,
     NotFound,
     RemoteError,
     TensorswarmError,
 )
 from tensorswarm.store.export import export_files, select, whole_files
-from tensorswarm.store.incoming import Finished, Incoming
 from tensorswarm.store.manifest import MAX_MANIFEST_BYTES, Manifest, ObjectRef
+from tensorswarm.store.object_table import ObjectTable
 from tensorswarm.store.order import urgency
-from tensorswarm.store.relatives import copy_from_relatives
+from tensorswarm.store.wanted import Wanted
 
-from .control.answers import MAX_BLOB_BYTES
+from .chunk_lists import ChunkLists
 from .control.neighbour import Neighbour
 from .dht.search import Search
-from .download import Download, OriginSpec
+from .download import Download
+from .download_sources import OriginSpec
 from .inquiry import FRUITLESS_ROUNDS, Inquiry, pause_s
 from .origins.origin import check_origin_url, file_url, locate_objects
+from .preparation import Preparation
 from .results import FetchResult, SourceReport
 from .services import Services
 
@@ -64,8 +65,8 @@ LARGEST_LACKING = 3
 round looks for one alone: whoever has the largest usually has the others too, as with a
 fine-tune whose base is elsewhere."""
 
-MAX_SPARE_BYTES = 16 << 20
-"""Most room left free on the disk, for the index and for everybody else."""
+LOOK_UP_AT_ONCE = 8192
+"""Objects looked up in the index in one go: their digests are objects of Python each."""
 
 Progress = Callable[[int, int], None]
 """Called with the verified bytes so far, and the bytes in all."""
@@ -164,17 +165,17 @@ class Fetch:
         async with one_error():
             manifest = self._store.manifest(digest) or await self._find_manifest(digest)
             await trio.to_thread.run_sync(self._store.put_manifest, manifest, "")
-            chosen = select(manifest, self._options.include)
             options = self._options
-            self._urgency = urgency(manifest, chosen, options.first, in_order=options.in_order)
+            indices, self._urgency = _choice(manifest, options)
             options.on_manifest(manifest)
-            refs = [manifest.objects[i] for i in sorted(chosen)]
             result = FetchResult(digest, manifest)
             result.bytes_total = self._store.records([digest])[digest].size_bytes
-            await self._bring(result, refs, self._origins(manifest, refs))
+            objects = manifest.objects
+            table = objects if isinstance(objects, ObjectTable) else ObjectTable(objects)
+            await self._bring(result, table, indices, self._origins(manifest, indices))
             result.seconds = trio.current_time() - begun
             if self._options.out is not None:
-                files = whole_files(manifest, chosen)
+                files = whole_files(manifest, indices)
                 out = self._options.out
                 await trio.to_thread.run_sync(export_files, self._store, manifest, files, out)
                 result.path = out
@@ -193,9 +194,8 @@ class Fetch:
             known = self._store.records([digest]).get(digest)
             if known is not None:
                 result = FetchResult(digest)
-                await self._bring(
-                    result, [ObjectRef(digest, known.size_bytes, known.chunk_list)], []
-                )
+                ref = ObjectRef(digest, known.size_bytes, known.chunk_list)
+                await self._bring(result, ObjectTable([ref]), range(1), [])
             else:
                 result = await self._by_hints(digest)
         result.seconds = trio.current_time() - begun
@@ -214,7 +214,7 @@ class Fetch:
             result = FetchResult(digest)
             try:
                 async with one_error():
-                    await self._bring(result, [ref], [])
+                    await self._bring(result, ObjectTable([ref]), range(1), [])
                 return result
             except (HashMismatch, NotFound, NoSource) as error:
                 failure = error if failure is None or isinstance(error, HashMismatch) else failure
@@ -250,51 +250,14 @@ class Fetch:
         best = max(givers, key=lambda ref: len(givers[ref]))
         return best, givers[best]
 
-    async def _chunk_lists(
-        self, refs: Sequence[ObjectRef], others: Sequence[ObjectRef], keys: Sequence[bytes]
-    ) -> dict[bytes, bytes]:
-        """Return the chunk lists of `refs`, and what came along of those of `others`.
-
-        The others are objects of the same model that are not wanted now: whoever asks
-        us for the model later needs their lists, and they cost 32 bytes per MiB.
-        """
-        needed = _chunk_list_sizes(refs)
-        welcome = {**_chunk_list_sizes(others), **needed}
-        if any(size > MAX_BLOB_BYTES for size in needed.values()):
-            raise BadInput(f"a tensor is too large: its chunk list is over {MAX_BLOB_BYTES} bytes")
-        found: dict[bytes, bytes] = {}
-
-        def look_here() -> None:
-            for digest, data in self._store.get_blobs(list(welcome.items())).items():
-                if digest_of(data) == digest:
-                    found[digest] = data
-
-        await trio.to_thread.run_sync(look_here)
-
-        async def ask(neighbour: Neighbour) -> bool | None:
-            missing = {d: size for d, size in welcome.items() if d not in found}
-            blobs = await neighbour.get_blobs(missing)
-            for digest, data in blobs.items():
-                if digest not in found:
-                    found[digest] = data
-                    self._overhead[neighbour.peer_id] += len(data)
-            return True if needed.keys() <= found.keys() else None
-
-        if not needed.keys() <= found.keys():
-            largest = sorted((ref for ref in refs if ref.chunk_list), key=lambda r: -r.size_bytes)
-            await self._inquiry.until_found(
-                [*keys, *(ref.digest for ref in largest)], ask, "a list of chunks"
-            )
-        return found
-
     # ---- objects
 
-    def _origins(self, manifest: Manifest, refs: Sequence[ObjectRef]) -> list[OriginSpec]:
+    def _origins(self, manifest: Manifest, indices: Sequence[int]) -> list[OriginSpec]:
         """Return the origins, with places by digest turned into places by position."""
         if not self._options.origins:
             return []
-        places = {manifest.objects[i].digest: p for i, p in locate_objects(manifest).items()}
-        wanted = {ref.digest: places[ref.digest] for ref in refs if ref.digest in places}
+        places = locate_objects(manifest)
+        wanted = {manifest.objects[i].digest: places[i] for i in indices if i in places}
         paths = [file.path for file in manifest.files]
         return [
             OriginSpec(url, wanted, {path: file_url(url, path, paths) for path in paths})
@@ -302,59 +265,49 @@ class Fetch:
         ]
 
     async def _bring(
-        self, result: FetchResult, refs: Sequence[ObjectRef], origins: Sequence[OriginSpec]
+        self,
+        result: FetchResult,
+        table: ObjectTable,
+        indices: Sequence[int],
+        origins: Sequence[OriginSpec],
     ) -> None:
         """Bring objects into the store, and account for them in `result`."""
-        refs = [ref for ref in refs if ref.size_bytes]
-        lists = _chunk_list_sizes(refs)
-        result.bytes_total += sum(ref.size_bytes for ref in refs) + sum(lists.values())
-        here = self._store.records([ref.digest for ref in refs])
-        missing = [ref for ref in refs if ref.digest not in here]
-        if missing:
-            others = result.manifest.objects if result.manifest is not None else ()
-            before = self._overhead.total()
-            chunk_lists = await self._chunk_lists(missing, others, [result.digest])
-            along = {
-                digest: len(data) for digest, data in chunk_lists.items() if digest not in lists
-            }
-            result.bytes_total += min(sum(along.values()), self._overhead.total() - before)
-            incoming = await trio.to_thread.run_sync(self._take_up, missing, chunk_lists)
-            if self._options.on_object is not None:
-                for each in incoming:
-                    each.finished.add_done_callback(partial(self._object_is_whole, each.digest))
-            download = self._download(result, incoming, origins)
-            try:
-                await self._run(download, [result.digest], [ref.digest for ref in missing])
-            finally:
-                self._account(result, download)
-        else:
+        indices = [index for index in indices if table.sizes[index]]
+        for index in indices:
+            result.bytes_total += table.sizes[index] + _list_bytes(table.sizes[index])
+        missing = await trio.to_thread.run_sync(self._missing, table, indices)
+        if not missing:
             self._account(result, None)
-
-    def _object_is_whole(self, digest: bytes, finished: Finished) -> None:
-        if finished.exception() is None and self._options.on_object is not None:
-            self._options.on_object(digest)
-
-    def _take_up(
-        self, refs: Sequence[ObjectRef], chunk_lists: Mapping[bytes, bytes]
-    ) -> list[Incoming]:
-        self._store.note_chunk_lists(list(chunk_lists.values()))
-        incoming = self._store.receive_many(
-            [(ref, chunk_lists.get(ref.chunk_list, b"")) for ref in refs]
+            return
+        wanted = self._store.want(table, missing)
+        if self._options.on_object is not None:
+            wanted.on_whole = self._options.on_object
+        lists = ChunkLists(self._store, self._inquiry, self._overhead)
+        preparation = Preparation(
+            self._store, wanted, lists, _others(table, missing), result.digest
         )
-        missing = sum(each.missing_bytes() for each in incoming)
-        free = self._store.place.free_bytes()
-        if free < missing + min(MAX_SPARE_BYTES, missing // 8):
-            raise NoRoom(
-                f"no room on disk: {missing} bytes to fetch, {free} bytes free in "
-                f"{self._store.root}"
-            )
-        copy_from_relatives(self._store, incoming)
-        return incoming
+        await preparation.take_up_what_is_here()
+        download = self._download(result, wanted, origins)
+        try:
+            await preparation.begin(download)
+            await self._run(download, preparation, [result.digest], wanted.digests)
+        finally:
+            result.bytes_total += lists.along_bytes
+            self._account(result, download)
+
+    def _missing(self, table: ObjectTable, indices: Sequence[int]) -> array[int]:
+        """Return which objects are not in the store, whole."""
+        missing = array("q")
+        for start in range(0, len(indices), LOOK_UP_AT_ONCE):
+            part = indices[start : start + LOOK_UP_AT_ONCE]
+            here = self._store.sizes([table.digest(index) for index in part])
+            missing.extend([index for index in part if table.digest(index) not in here])
+        return missing
 
     def _download(
-        self, result: FetchResult, incoming: Sequence[Incoming], origins: Sequence[OriginSpec]
+        self, result: FetchResult, wanted: Wanted, origins: Sequence[OriginSpec]
     ) -> Download:
-        done = result.bytes_total - sum(each.missing_bytes() for each in incoming)
+        done = result.bytes_total - wanted.all_missing_bytes()
 
         def count(byte_count: int) -> None:
             nonlocal done
@@ -364,7 +317,7 @@ class Fetch:
         self._options.on_progress(done, result.bytes_total)
         services = self._services
         return Download(
-            incoming,
+            wanted,
             neighbours=services.neighbours,
             routes=services.routes,
             origins=origins,
@@ -377,13 +330,18 @@ class Fetch:
         )
 
     async def _run(
-        self, download: Download, keys: Sequence[bytes], digests: Sequence[bytes]
+        self,
+        download: Download,
+        preparation: Preparation,
+        keys: Sequence[bytes],
+        digests: Sequence[bytes],
     ) -> None:
         download.open()
         try:
             async with trio.open_nursery() as nursery:
                 settled = trio.Event()
                 nursery.start_soon(self._supply, download, keys, digests, settled)
+                nursery.start_soon(preparation.keep_ahead, download)
                 with trio.move_on_after(SETTLE_S):
                     await settled.wait()
                 await download.run(self._options.timeout_s)
@@ -491,8 +449,27 @@ class Fetch:
         result.bytes_wasted += wasted
 
 
-def _chunk_list_sizes(refs: Iterable[ObjectRef]) -> dict[bytes, int]:
-    """Return the sizes of the objects' chunk lists, by the lists' digests."""
+def _choice(manifest: Manifest, options: FetchOptions) -> tuple[array[int], dict[bytes, int]]:
+    """Return which objects are wanted, in order, and how urgent they are by digest."""
+    chosen = select(manifest, options.include)
+    return (
+        array("q", sorted(chosen)),
+        urgency(manifest, chosen, options.first, in_order=options.in_order),
+    )
+
+
+def _list_bytes(size_bytes: int) -> int:
+    """Return the length of an object's chunk list."""
+    return DIGEST_SIZE * chunk_count(size_bytes) if size_bytes > CHUNK_SIZE else 0
+
+
+def _others(table: ObjectTable, wanted: Sequence[int]) -> dict[bytes, int]:
+    """Return the chunk lists, by digest, of objects that are not wanted now."""
+    if len(wanted) == len(table):
+        return {}
+    taken = frozenset(wanted)
     return {
-        ref.chunk_list: DIGEST_SIZE * chunk_count(ref.size_bytes) for ref in refs if ref.chunk_list
+        table.chunk_list(index): _list_bytes(size_bytes)
+        for index, size_bytes in enumerate(table.sizes)
+        if size_bytes > CHUNK_SIZE and index not in taken
     }

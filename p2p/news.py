@@ -7,9 +7,9 @@ not concern. What the store would not give out is not told.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
-from tensorswarm.store.incoming import Incoming
+from tensorswarm.store.wanted import Wanted
 
 from .control import wire
 
@@ -19,12 +19,12 @@ class News:
 
     Parameters
     ----------
-    incoming : sequence of Incoming
+    wanted : Wanted
         The objects; everywhere else an object is named by its index.
     """
 
-    def __init__(self, incoming: Sequence[Incoming]) -> None:
-        self._incoming = incoming
+    def __init__(self, wanted: Wanted) -> None:
+        self._wanted = wanted
         self._changed: set[int] = set()
         self._finishing: set[int] = set()
 
@@ -34,28 +34,15 @@ class News:
 
     def take(self) -> list[wire.HaveEntry]:
         """Return what is new since the last call."""
+        wanted = self._wanted
         changed, self._changed = self._changed, set()
-        whole = {index for index in self._finishing if self._incoming[index].finished.done()}
+        whole = {index for index in self._finishing if wanted.has_ended(index)}
         self._finishing -= whole
         entries = []
         for index in changed | whole:
-            incoming = self._incoming[index]
-            if incoming.missing_bytes() == 0 and not incoming.finished.done():
+            if wanted.missing_bytes(index) == 0 and not wanted.has_ended(index):
                 self._finishing.add(index)
-            entry = _entry(incoming)
-            if entry is not None:
-                entries.append(entry)
+            held = wanted.holding(index)
+            if held is not None:
+                entries.append(wire.HaveEntry(wanted.digest(index), *held))
         return entries
-
-
-def _entry(incoming: Incoming) -> wire.HaveEntry | None:
-    """Return what to tell of an object; None if the store would not give it out."""
-    if incoming.finished.done():
-        if incoming.finished.exception() is not None:
-            return None
-        return wire.HaveEntry(incoming.digest, incoming.size_bytes, None, b"")
-    if not incoming.is_shown:
-        return None
-    return wire.HaveEntry(
-        incoming.digest, incoming.size_bytes, incoming.proved(), incoming.chunk_list_digest
-    )

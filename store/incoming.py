@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Protocol
@@ -46,10 +46,6 @@ class Keeper(Protocol):
 
         Called once, with the bytes when they are a single chunk. It sets `finished`.
         """
-        ...
-
-    def proved_small(self, objects: Sequence[tuple[Incoming, bytes]]) -> None:
-        """Take over objects of one chunk each, with their bytes. It sets their `finished`."""
         ...
 
     def touched(self, incoming: Incoming) -> None:
@@ -376,20 +372,6 @@ class Incoming:
             self._keeper.touched(self)
         return True
 
-    @property
-    def keeper(self) -> Keeper:
-        """Who takes it over when it is proved."""
-        return self._keeper
-
-    def claim_small(self) -> bool:
-        """Note an object of one chunk as proved; False if it was before."""
-        with self._lock:
-            if not self._missing:
-                return False
-            bitmap.set_bit(self._proved, 0)
-            self._missing = 0
-            return True
-
     # ---- taking up what an earlier process left
 
     def claim_all(self) -> None:
@@ -481,38 +463,3 @@ class Incoming:
                 return
             self._is_over = True
         self.finished.set(error)
-
-
-def write_small(parts: Sequence[tuple[Incoming, memoryview]]) -> list[Kept]:
-    """Verify whole objects of one chunk each, and keep those that are right, in one go.
-
-    Parameters
-    ----------
-    parts : sequence of (Incoming, memoryview)
-        Objects of one store, and what came for each.
-
-    Returns
-    -------
-    list of Kept
-        What became of each.
-
-    Raises
-    ------
-    NoRoom
-        The disk is full.
-    LocalError
-        The store is closed.
-    """
-    outcomes = []
-    kept: list[tuple[Incoming, bytes]] = []
-    for incoming, data in parts:
-        if len(data) != incoming.size_bytes or digest_of(data) != incoming.digest:
-            outcomes.append(Kept.WRONG)
-        elif incoming.claim_small():
-            kept.append((incoming, bytes(data)))
-            outcomes.append(Kept.NEW)
-        else:
-            outcomes.append(Kept.KNOWN)
-    if kept:
-        kept[0][0].keeper.proved_small(kept)
-    return outcomes

@@ -21,8 +21,9 @@ import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import compress
 from typing import NamedTuple
 
 from . import bitmap
@@ -35,6 +36,8 @@ from .objects import INLINE_LIMIT, WholeObjects, many
 from .place import disk_errors, partial_name, remove_file
 from .reader import FileReader
 from .records import NewObject, head_of, present, present_in
+from .relatives import copy_from_relatives, find_relatives
+from .wanted import Wanted
 
 FLUSH_INTERVAL_S = 0.25
 """How far the index may be behind the bitmaps in memory."""
@@ -71,6 +74,9 @@ class _Found(NamedTuple):
     whole_files: Set[str] | None
 
 
+_NOTHING = _Found(frozenset(), {}, frozenset(), frozenset())
+
+
 class Receiver:
     """The objects being received into one store. A `Keeper`.
 
@@ -85,6 +91,7 @@ class Receiver:
         self._lock = threading.Lock()
         self._incoming: weakref.WeakValueDictionary[_Key, Incoming] = weakref.WeakValueDictionary()
         self._shown: weakref.WeakValueDictionary[bytes, Incoming] = weakref.WeakValueDictionary()
+        self._downloads: weakref.WeakSet[Wanted] = weakref.WeakSet()
         self._dirty: set[Incoming] = set()
         self._flushed_at = time.monotonic()
         self._small_room = threading.BoundedSemaphore(MAX_SMALL_BATCHES)
@@ -139,8 +146,11 @@ class Receiver:
 
     # ---- beginning
 
-    def receive(self, wanted: Sequence[tuple[ObjectRef, bytes]]) -> list[Incoming]:
-        """See `Store.receive_many`."""
+    def receive(self, ref: ObjectRef, chunk_list: bytes) -> Incoming:
+        """See `Store.receive`."""
+        return self._receive_many([(ref, chunk_list)])[0]
+
+    def _receive_many(self, wanted: Sequence[tuple[ObjectRef, bytes]]) -> list[Incoming]:
         here = present_in(self._objects.index, [ref.digest for ref, _ in wanted])
         noted = self._noted([ref.digest for ref, chunk_list in wanted if chunk_list])
         # One look at each folder instead of one for each object, where there are many.
@@ -152,6 +162,58 @@ class Receiver:
             self._objects.place.object_names() if is_many else None,
         )
         return [self._receive(ref, chunk_list, found) for ref, chunk_list in wanted]
+
+    def join(self, wanted: Wanted) -> None:
+        """Remember what a download wants for as long as it lives: others may bring it."""
+        with self._lock:
+            self._downloads.add(wanted)
+
+    def begun_digests(self) -> Iterator[bytes]:
+        """Yield the digests of what lies on the disk in part, or as a file, or is coming."""
+        place = self._objects.place
+        for name in place.partial_names() | place.object_names():
+            with contextlib.suppress(ValueError):  # not ours
+                yield bytes.fromhex(name.partition("-")[0])
+        with self._lock:
+            coming = list(self._incoming)
+        for digest, _, _ in coming:
+            yield digest
+
+    def take_up(
+        self, wanted: Sequence[tuple[ObjectRef, bytes]], begun: Set[bytes]
+    ) -> list[Incoming | None]:
+        """Return the state of those objects of which there is something; None for the others.
+
+        Parameters
+        ----------
+        wanted : sequence of (ObjectRef, bytes)
+            Objects and their chunk lists, which are the ones that are named.
+        begun : set of bytes
+            Those that lay on the disk at first.
+        """
+        here = present_in(self._objects.index, [ref.digest for ref, _ in wanted])
+        with self._lock:
+            coming = set(self._incoming)
+        is_there = [
+            ref.digest in here
+            or ref.digest in begun
+            or (ref.digest, ref.chunk_list, ref.size_bytes) in coming
+            for ref, _ in wanted
+        ]
+        found = iter(self._receive_many(list(compress(wanted, is_there))))
+        return [next(found) if there else None for there in is_there]
+
+    def begin(self, ref: ObjectRef, chunk_list: bytes) -> Incoming:
+        """Return the state of an object of which nothing was there when it was looked for."""
+        return self._receive(ref, chunk_list, _NOTHING)
+
+    def relatives(self, heads: Iterable[int]) -> dict[int, list[bytes]]:
+        """Return the whole objects that begin with a chunk; see `relatives`."""
+        return find_relatives(self._objects, heads)
+
+    def copy_from_relatives(self, incoming: Sequence[Incoming]) -> None:
+        """Fill objects with what older forms of them have; see `relatives`."""
+        copy_from_relatives(self._objects, incoming)
 
     def _noted(self, digests: Sequence[bytes]) -> dict[_Key, bytes]:
         """Return the bitmaps that can be trusted, of objects in part."""
@@ -268,34 +330,40 @@ class Receiver:
             self._finish(incoming, error)
             raise
 
-    def proved_small(self, objects: Sequence[tuple[Incoming, bytes]]) -> None:
-        """Take over objects of one chunk each, with their bytes: one commit for all."""
-        members = [incoming for incoming, _ in objects]
+    def keep_small(
+        self,
+        objects: Sequence[tuple[NewObject, bytes]],
+        owner: Wanted,
+        settle: Callable[[BaseException | None], None],
+    ) -> None:
+        """Keep verified objects that live in the index: one statement for many.
+
+        `settle` hears how it ended, once. Other downloads that want the same hear too.
+
+        Raises
+        ------
+        LocalError
+            The store is closed, or too slow.
+        """
         if not self._small_room.acquire(timeout=SMALL_WAIT_S):
             raise LocalError("the store does not take small tensors as fast as they come")
 
-        def settle(future: Future[None]) -> None:
+        def end(future: Future[None]) -> None:
             self._small_room.release()
-            self._finish_all(members, future.exception())
+            error = future.exception()
+            settle(error)
+            with self._lock:
+                others = [each for each in self._downloads if each is not owner]
+            for other in others if error is None else ():
+                other.note_whole([new.digest for new, _ in objects])
 
         try:
-            kept = self._objects.keep_small(
-                [(_new_object(incoming), data) for incoming, data in objects]
-            )
+            kept = self._objects.keep_small(objects)
         except BaseException as error:
             self._small_room.release()
-            self._finish_all(members, error)
+            settle(error)
             raise
-        kept.add_done_callback(settle)
-
-    def _finish_all(self, members: Sequence[Incoming], error: BaseException | None) -> None:
-        with self._lock:
-            for incoming in members:
-                key = _key_of(incoming)
-                if self._incoming.get(key) is incoming:
-                    del self._incoming[key]
-        for incoming in members:
-            incoming.finish(error)
+        kept.add_done_callback(end)
 
     def vanished(self, incoming: Incoming) -> None:
         """Settle what it means that the file in progress is gone."""

@@ -55,7 +55,7 @@ def copy_from_relatives(objects: WholeObjects, incoming: Sequence[Incoming]) -> 
     """
     wanted = [each for each in incoming if each.chunk_list and each.missing_bytes()]
     copied = 0
-    relatives = _relatives(objects, {head_of(each.digest, each.chunk_list) for each in wanted})
+    relatives = find_relatives(objects, {head_of(each.digest, each.chunk_list) for each in wanted})
     for each in wanted:
         for digest in relatives.get(head_of(each.digest, each.chunk_list), ()):
             if digest != each.digest and each.missing_bytes():
@@ -63,7 +63,7 @@ def copy_from_relatives(objects: WholeObjects, incoming: Sequence[Incoming]) -> 
     return copied
 
 
-def _relatives(objects: WholeObjects, heads: Iterable[int]) -> dict[int, list[bytes]]:
+def find_relatives(objects: WholeObjects, heads: Iterable[int]) -> dict[int, list[bytes]]:
     """Return the objects with each head, the latest first."""
     found: dict[int, list[bytes]] = {}
     for part in _parts(sorted(heads)):

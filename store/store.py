@@ -32,34 +32,17 @@ from .durability import recover, sync_objects
 from .errors import LocalError, TensorswarmError
 from .incoming import Incoming
 from .manifest import MAX_MANIFEST_BYTES, Manifest, ObjectRef
+from .object_table import ObjectTable
 from .objects import INLINE_LIMIT, WholeObjects, settle
 from .reader import ObjectReader
 from .receiving import Receiver
 from .records import ObjectRecord, present
+from .wanted import Holding, Wanted
 
 __all__ = ["INLINE_LIMIT", "Holding", "ModelRecord", "Store"]
 
 MAX_KNOWN_MANIFESTS = 16
 """Decoded manifests kept in memory: a node serves a handful of models at a time."""
-
-
-class Holding(NamedTuple):
-    """What the store has of one object.
-
-    Attributes
-    ----------
-    size_bytes : int
-        The object's size.
-    proved : bytes or None
-        Bitmap of the proved chunks; None when it has all of it.
-    chunk_list : bytes
-        Digest of the chunk list that those chunks were proved against; empty when it
-        has all of it.
-    """
-
-    size_bytes: int
-    proved: bytes | None
-    chunk_list: bytes
 
 
 class ModelRecord(NamedTuple):
@@ -163,11 +146,23 @@ class Store(WholeObjects):
         HashMismatch
             The object is here, and has another size.
         """
-        return self._receiver.receive([(ref, chunk_list)])[0]
+        return self._receiver.receive(ref, chunk_list)
 
-    def receive_many(self, wanted: Sequence[tuple[ObjectRef, bytes]]) -> list[Incoming]:
-        """Do as `receive` does, for many objects: the index is asked once for all."""
-        return self._receiver.receive(wanted)
+    def want(self, table: ObjectTable, indices: Sequence[int]) -> Wanted:
+        """Begin with many objects, whose state is made when something comes of them.
+
+        Parameters
+        ----------
+        table : ObjectTable
+            Objects, of which some are wanted.
+        indices : sequence of int
+            Which ones, in ascending order; none of them empty.
+        """
+        return Wanted(self._receiver, table, indices)
+
+    def wanted_of(self, incoming: Sequence[Incoming]) -> Wanted:
+        """Return what `want` does, for objects that have begun."""
+        return Wanted.of(self._receiver, incoming)
 
     def is_receiving(self, digest: bytes) -> bool:
         """Tell whether a larger object is being received in this process."""

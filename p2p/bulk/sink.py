@@ -11,7 +11,8 @@ from typing import NamedTuple
 import trio
 
 from tensorswarm.store.errors import TensorswarmError
-from tensorswarm.store.incoming import ChunkMismatch, Incoming, Kept, write_small
+from tensorswarm.store.incoming import Kept
+from tensorswarm.store.wanted import Wanted
 
 from ..swarm.source import Failure, Outcome, SmallOutcome, WantedObject
 
@@ -21,7 +22,7 @@ more than the chunk's planning, and takes the interpreter from the threads that 
 
 
 class StoreSink:
-    """A `Sink` that keeps chunks in the store; index by position in `incoming`.
+    """A `Sink` that keeps chunks in the store; index by position in `wanted`.
 
     Attributes
     ----------
@@ -29,35 +30,32 @@ class StoreSink:
         The first failure on our own side, such as a full disk; it ends the download.
     """
 
-    def __init__(self, incoming: Sequence[Incoming]) -> None:
-        self._incoming = incoming
+    def __init__(self, wanted: Wanted) -> None:
+        self._wanted = wanted
         self.error: TensorswarmError | None = None
 
     def wanted(self, object_index: int) -> WantedObject:
         """Return digest and size of a wanted object."""
-        incoming = self._incoming[object_index]
-        return WantedObject(incoming.digest, incoming.size_bytes)
+        return WantedObject(
+            self._wanted.digest(object_index), self._wanted.size_bytes(object_index)
+        )
 
     def is_missing(self, object_index: int, chunk: int) -> bool:
         """Tell whether a chunk is still wanted."""
-        return self._incoming[object_index].is_missing(chunk)
+        return self._wanted.is_missing(object_index, chunk)
 
     def write_chunk(self, object_index: int, chunk: int, data: memoryview) -> Outcome:
         """Verify a chunk, then keep it."""
         try:
-            kept = self._incoming[object_index].write_chunk(chunk, data)
-        except ChunkMismatch:
-            return Outcome.REFUSED
+            return _OUTCOMES[self._wanted.write_chunk(object_index, chunk, data)]
         except TensorswarmError as error:
             self.error = self.error or error
             raise
-        return Outcome.PROVED if kept else Outcome.DUPLICATE
 
     def write_small(self, parts: Sequence[tuple[int, memoryview]]) -> list[Outcome]:
         """Verify whole objects of one chunk each, then keep those that are right."""
-        incoming = self._incoming
         try:
-            kept = write_small([(incoming[index], data) for index, data in parts])
+            kept = self._wanted.write_small(parts)
         except TensorswarmError as error:
             self.error = self.error or error
             raise

@@ -193,7 +193,7 @@ class Planner(PlannerView):
         """
         self._hold(now, source, self._chunks.spread(object_index, bitmap))
 
-    def source_holds_whole(self, now: float, source: str, object_indices: Sequence[int]) -> None:
+    def source_holds_whole(self, now: float, source: str, object_indices: Iterable[int]) -> None:
         """Note objects that a source holds, whole; as `source_holds` for each, at once."""
         self._hold(now, source, self._chunks.spread_whole(object_indices))
 

@@ -64,6 +64,11 @@ class Readiness:
         self._picker = picker
         self._rng = rng
 
+    @property
+    def is_unready(self) -> bool:
+        """Whether anything cannot be asked for yet."""
+        return bool(self._chunks.unready)
+
     def is_due(self) -> bool:
         """Tell whether another portion should be made ready."""
         chunks = self._chunks

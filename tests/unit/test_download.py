@@ -116,11 +116,11 @@ def serving(store: Store) -> Iterator[tuple[BulkServer, list[bytes]]]:
 
 
 def download_of(
-    incoming: Sequence[Incoming], neighbours: FakeNeighbours, *servers: BulkServer
+    store: Store, incoming: Sequence[Incoming], neighbours: FakeNeighbours, *servers: BulkServer
 ) -> Download:
     """Return a download that finds every peer at these servers."""
     download = Download(
-        incoming,
+        store.wanted_of(incoming),
         neighbours=cast(Neighbours, neighbours),
         routes=Routes(
             identity(1),
@@ -176,7 +176,7 @@ def test_part_by_a_false_list_is_not_asked_for_and_its_holder_is_no_liar(
 
     async def main() -> None:
         neighbours = FakeNeighbours()
-        download = download_of([incoming], neighbours, server)
+        download = download_of(ours, [incoming], neighbours, server)
         told = Answers(theirs).holdings([DIGEST])
         assert told == part(0b0011, FALSE_LIST)
         neighbours.say(PEER, told)
@@ -206,7 +206,7 @@ def test_without_another_source_it_is_not_found_rather_than_false(
 
     async def main() -> None:
         neighbours = FakeNeighbours()
-        download = download_of([begin(ours, DATA)], neighbours, server)
+        download = download_of(ours, [begin(ours, DATA)], neighbours, server)
         download.search_is_over = True
         neighbours.say(PEER, Answers(theirs).holdings([DIGEST]))
         with pytest.raises(NotFound):
@@ -227,7 +227,7 @@ def test_who_goes_by_the_same_list_gets_the_part(stores: tuple[Store, Store]) ->
 
     async def main() -> None:
         neighbours = FakeNeighbours()
-        download = download_of([incoming], neighbours, server)
+        download = download_of(ours, [incoming], neighbours, server)
         neighbours.say(PEER, Answers(theirs).holdings([DIGEST]))
         assert download.lacking() == []
         await download.run(DEADLINE_S)
@@ -244,7 +244,7 @@ def test_an_entry_replaces_what_the_peer_said_before(stores: tuple[Store, Store]
 
     async def main() -> None:
         neighbours = FakeNeighbours()
-        download = download_of([incoming], neighbours)
+        download = download_of(stores[0], [incoming], neighbours)
         for said in (whole, part(0b1111, LIST)):
             for useless in (
                 part(0b1111, FALSE_LIST),
@@ -294,7 +294,7 @@ def test_what_is_told_is_what_the_store_gives_out(
 
     async def main() -> None:
         neighbours = FakeNeighbours()
-        download = download_of(incoming, neighbours, server)
+        download = download_of(ours, incoming, neighbours, server)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(download.run, DEADLINE_S)
             if not false_first:
@@ -327,7 +327,7 @@ def test_an_object_that_proved_false_is_not_told_of(
 
     async def main() -> None:
         neighbours = FakeNeighbours()
-        download = download_of(incoming, neighbours, server)
+        download = download_of(ours, incoming, neighbours, server)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(download.run, DEADLINE_S)
             neighbours.say(PEER, Answers(theirs).holdings([DIGEST]))

@@ -1,0 +1,77 @@
+"""What a source says it holds of the objects of a download: a bit for each that is whole.
+
+With 100,000 objects and 200 sources anything larger than a bit would be felt. No I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from tensorswarm.store import bitmap
+
+
+class Holdings:
+    """The objects that one source holds, whole or in part.
+
+    Parameters
+    ----------
+    count : int
+        How many objects there are.
+
+    Attributes
+    ----------
+    parts : dict of int to bytes
+        Bitmaps of chunks, of the objects that it holds in part.
+    """
+
+    def __init__(self, count: int, whole: Iterable[int] = ()) -> None:
+        self.parts: dict[int, bytes] = {}
+        self._whole = bitmap.empty(count)
+        self._whole_count = 0
+        for index in whole:
+            self.add(index, None)
+
+    def __contains__(self, index: int) -> bool:
+        return bitmap.is_set(self._whole, index) or index in self.parts
+
+    def __len__(self) -> int:
+        return self._whole_count + len(self.parts)
+
+    def add(self, index: int, proved: bytes | None) -> bool:
+        """Note what it holds of an object now (None: all); return whether that is news."""
+        was_whole = bitmap.is_set(self._whole, index)
+        if proved is None:
+            self.parts.pop(index, None)
+            if not was_whole:
+                bitmap.set_bit(self._whole, index)
+                self._whole_count += 1
+            return not was_whole
+        is_new = self.parts.get(index) != proved
+        if was_whole:
+            self.discard(index)
+        self.parts[index] = proved
+        return is_new
+
+    def discard(self, index: int) -> None:
+        """Note that it holds nothing of an object."""
+        self.parts.pop(index, None)
+        if bitmap.is_set(self._whole, index):
+            bitmap.clear_bit(self._whole, index)
+            self._whole_count -= 1
+
+    def whole(self) -> Iterator[int]:
+        """Yield the objects that it holds whole, in order."""
+        return set_bits(self._whole)
+
+
+def set_bits(bits: bytes | bytearray) -> Iterator[int]:
+    """Yield the positions of the bits that are set, in order."""
+    for place, byte in enumerate(bits):
+        if byte:
+            base = place << 3
+            if byte == 0xFF:
+                yield from range(base, base + 8)
+                continue
+            for offset in range(8):
+                if byte >> offset & 1:
+                    yield base + offset
