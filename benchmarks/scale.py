@@ -271,9 +271,8 @@ def run_one(chunks: int, folder: Path) -> dict[str, float]:
 
     from tensorswarm.p2p.fetch import Fetch, FetchOptions
     from tensorswarm.p2p.node import Node  # as a node has it: with all it imports
-    from tensorswarm.p2p.routes import Via
+    from tensorswarm.p2p.routes import Distance, Via
     from tensorswarm.p2p.services import Services
-    from tensorswarm.p2p.swarm.types import Distance
     from tensorswarm.store.manifest import Manifest
     from tensorswarm.store.store import Store
 
