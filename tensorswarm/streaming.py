@@ -17,13 +17,12 @@ from tensorswarm.store.manifest import Manifest
 from tensorswarm.store.order import tensors_in_order
 from tensorswarm.store.store import Store
 
-from .api import DEFAULT_TIMEOUT_S, default_store, local_result
+from .api import default_store
+from .fetching import DEFAULT_TIMEOUT_S, Network, RateLimit, local_result
 from .refs import Ref, RefKind, parse_ref
 
 if TYPE_CHECKING:
     from tensorswarm.store.load import Array
-
-    from .api import RateLimit
 
 JOIN_TIMEOUT_S = 10.0
 """How long an abandoned stream waits for its download to end."""
@@ -43,6 +42,8 @@ def stream(
     timeout_s: float = DEFAULT_TIMEOUT_S,
     upload_limit: RateLimit = None,
     download_limit: RateLimit = None,
+    network: str | Path | None = None,
+    near_first: bool = False,
 ) -> Iterator[tuple[str, Array]]:
     """Fetch a model and give its tensors as they are proved, in the order asked.
 
@@ -55,6 +56,8 @@ def stream(
     first : sequence of str
         Patterns of tensor names or file paths wanted first, in this order; the others
         follow in the order of the files.
+    network, near_first
+        As for `tensorswarm.fetch`.
 
     Yields
     ------
@@ -67,6 +70,15 @@ def stream(
     TensorswarmError
         As for `tensorswarm.fetch`.
     """
+    how = Network(
+        bootstrap=bootstrap,
+        origins=origins,
+        timeout_s=timeout_s,
+        upload_limit=upload_limit,
+        download_limit=download_limit,
+        network=network,
+        near_first=near_first,
+    )
     parsed = parse_ref(ref)
     if parsed.kind is not RefKind.MODEL:
         raise BadInput("stream takes a model id")
@@ -77,10 +89,7 @@ def stream(
             for tensor in tensors_in_order(manifest, select(manifest, include), first):
                 yield tensor.name, load_tensor(opened, manifest, tensor)
             return
-        limits = (upload_limit, download_limit)
-        with _fetching(
-            opened, parsed, bootstrap, origins, include, first, timeout_s, limits
-        ) as news:
+        with _fetching(opened, parsed, how, include, first) as news:
             yield from _as_they_come(opened, news, include, first)
 
 
@@ -109,49 +118,22 @@ def _as_they_come(
 
 @contextmanager
 def _fetching(
-    store: Store,
-    ref: Ref,
-    bootstrap: Sequence[str],
-    origins: Sequence[str],
-    include: Sequence[str],
-    first: Sequence[str],
-    timeout_s: float,
-    limits: tuple[RateLimit, RateLimit],
+    store: Store, ref: Ref, how: Network, include: Sequence[str], first: Sequence[str]
 ) -> Iterator[queue.SimpleQueue[News]]:
     """Run the fetch in a thread of its own, for as long as the block lasts."""
     import trio
 
-    from tensorswarm.p2p.fetch import FetchOptions, one_error
-    from tensorswarm.p2p.node import Node
-    from tensorswarm.p2p.node_state import running_node
+    from tensorswarm.p2p.fetch import one_error
 
     news: queue.SimpleQueue[News] = queue.SimpleQueue()
     scope = trio.CancelScope()
     token: list[trio.lowlevel.TrioToken] = []
-    options = FetchOptions(
-        origins=tuple(origins),
-        include=tuple(include),
-        first=tuple(first),
-        in_order=True,
-        timeout_s=timeout_s,
-        on_manifest=news.put,
-        on_object=news.put,
-    )
-    peers = list(bootstrap) or running_node(store.root)
+    options = how.options(include, first, in_order=True, on_manifest=news.put, on_object=news.put)
 
     async def main() -> None:
         token.append(trio.lowlevel.current_trio_token())
         with scope:
-            async with (
-                one_error(),
-                Node(
-                    store,
-                    bootstrap=peers,
-                    server=False,
-                    upload_limit=limits[0],
-                    download_limit=limits[1],
-                ) as node,
-            ):
+            async with one_error(), how.node(store) as node:
                 await node.fetch_digest(ref.digest, options, is_model=True)
 
     def run() -> None:

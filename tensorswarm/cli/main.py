@@ -24,7 +24,8 @@ from typing import NoReturn
 from tensorswarm.store.errors import BadInput, TensorswarmError
 from tensorswarm.store.version import VERSION
 
-from ..api import DEFAULT_TIMEOUT_S, default_store
+from ..api import default_store
+from ..fetching import DEFAULT_TIMEOUT_S
 from . import commands, comparing, sharing, stamping, upkeep
 from .output import Output
 from .simulate import simulate

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import logging
 import signal
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tensorswarm.store.errors import BadInput, NoSource
 from tensorswarm.store.store import Store
 
-from ..api import export_result, fetch_into
-from ..refs import Ref, RefKind, is_url, parse_ref
+from ..fetching import Network, export_result, fetch_into, remote_ref
+from ..refs import RefKind, parse_ref
 from .output import Output, human_bytes, human_rate
 
 if TYPE_CHECKING:
@@ -28,35 +26,23 @@ REPORT_INTERVAL_S = 10.0
 
 def fetch(args: argparse.Namespace, output: Output) -> int:
     """Fetch a model or a tensor, and export it when asked to."""
-    ref = Ref(RefKind.MODEL, b"", Path()) if is_url(args.ref) else parse_ref(args.ref)
-    if ref.kind is RefKind.PATH:
-        raise BadInput(f"{args.ref} is here already: `tensorswarm add` takes local files")
+    remote_ref(args.ref)  # before a store is made for nothing
+    how = Network(
+        bootstrap=args.bootstrap,
+        origins=args.origin,
+        timeout_s=args.timeout,
+        upload_limit=args.upload_limit,
+        download_limit=args.download_limit,
+        network=args.network,
+        near_first=args.near_first,
+        mdns=args.mdns,
+        bulk=args.bulk,
+    )
     with Store(args.store) as store:
         with output.progress("fetching") as show:
-            bring = functools.partial(
-                fetch_into,
-                store,
-                bootstrap=args.bootstrap,
-                include=args.include,
-                first=args.first,
-                timeout_s=args.timeout,
-                upload_limit=args.upload_limit,
-                download_limit=args.download_limit,
-                bulk=args.bulk,
-                on_progress=show,
-                mdns=args.mdns,
-                network=args.network,
-                near_first=args.near_first,
+            result = fetch_into(
+                store, args.ref, how, include=args.include, first=args.first, on_progress=show
             )
-            if is_url(args.ref):
-                from ..url_fetch import fetch_url  # brings httpx, which others do without
-
-                def from_url(found: Ref, url: str) -> FetchResult:
-                    return bring(found, origins=[url, *args.origin])
-
-                result = fetch_url(store, args.ref, from_url, show)
-            else:
-                result = bring(ref, origins=args.origin)
         if args.out is not None:
             result.path = export_result(store, result, args.include, args.out)
         store.sync()
