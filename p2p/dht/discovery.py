@@ -44,7 +44,7 @@ from tensorswarm.store.errors import RemoteError, TensorswarmError
 from ..host.addresses import PeerAddress
 from ..host.host import Host
 from .file import DhtFile
-from .lookup import ALPHA, Lookup
+from .lookup import ALPHA, Lookup, closest, kad_id
 from .publish import Announcement, Publisher
 from .rpc import KAD_PROTOCOL, Question, find_node, get_providers, peers_in
 from .server import GuardedDht
@@ -77,9 +77,16 @@ REFRESH_S = 600.0
 
 LEAST_REFRESH_S = 30.0
 """Shortest time from one look round to the next. A node that comes to us and was not known
-before causes one: it may belong to a network that did not know of ours. While such nodes
-keep coming the time doubles, up to `REFRESH_S`: where a hundred join at once, everybody
-would otherwise look for everybody without end."""
+before may cause one; while it does the time doubles, up to `REFRESH_S`: where a hundred
+join at once, everybody would otherwise look for everybody without end."""
+
+NEWCOMERS_ASKED = 3
+"""Newcomers asked for nodes near us before that: a newcomer may belong to a network that did
+not know of ours, but nearly always it has just joined ours, and knows nobody we don't.
+Three questions tell; a look round costs twenty, and connections."""
+
+MAX_NEWCOMERS = 256
+"""Newcomers that wait to be asked; who does not fit in is forgotten."""
 
 DEFAULT_PROVIDERS = 200
 """Providers a search ends with, unless told otherwise. Far more than the 20 of one
@@ -140,8 +147,8 @@ class Discovery:
 
     Attributes
     ----------
-    searches : int
-        Searches for providers made so far.
+    searches, looks_round : int
+        Searches for providers made so far, and look-ups of our own neighbourhood.
     """
 
     def __init__(
@@ -156,13 +163,16 @@ class Discovery:
         self._host = host
         self._dht = GuardedDht(host, server=server, clock=clock, rng=rng, file=file)
         self._streams = DhtStreams(host)
+        self._rng = rng or random.Random()
         self._dead: dict[str, float] = {}
         self.searches = 0
+        self.looks_round = 0
         self._publisher = Publisher(
             host, self._known_nodes, self._find_nodes, clock=clock, rng=rng, file=file
         )
         self._dht.on_node = self._node_has_come
-        self._newcomers = trio.Event()
+        self._newcomers: dict[str, None] = {}
+        self._newcomers_came = trio.Event()
         self._being_asked: set[str] = set()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -172,23 +182,61 @@ class Discovery:
             task_status.started()
             pause_s = LEAST_REFRESH_S
             while True:
-                await trio.sleep(pause_s)
-                with trio.move_on_after(REFRESH_S - pause_s):
-                    await self._newcomers.wait()
-                is_due = not self._newcomers.is_set()
+                is_due = await self._is_due(pause_s)
                 pause_s = LEAST_REFRESH_S if is_due else min(2 * pause_s, REFRESH_S)
-                self._newcomers = trio.Event()
                 self._dht.records.expire()
                 await self._dht.records.settle()
                 self._dht.value_store.cleanup_expired()
-                await self._find_nodes(ID.from_string(self._host.peer_id).to_bytes())
+                await self._find_nodes(self._own_key())
+                self.looks_round += 1
                 if is_due:
                     await self._find_nodes(_random_peer_id())
 
+    async def _is_due(self, pause_s: float) -> bool:
+        """Wait for the next look round; tell whether it is the regular one.
+
+        That, or one that newcomers cause: `pause_s` from now, or later.
+        """
+        begun = trio.current_time()
+        with trio.move_on_at(begun + REFRESH_S):
+            await trio.sleep(pause_s)
+            while True:
+                await self._newcomers_came.wait()
+                if await self._newcomers_bring_news():
+                    return False
+                await trio.sleep(LEAST_REFRESH_S)
+        return True
+
+    async def _newcomers_bring_news(self) -> bool:
+        """Ask newcomers who is near us; tell whether they name a node that we lack."""
+        waiting = list(self._newcomers)
+        asked = self._rng.sample(waiting, min(NEWCOMERS_ASKED, len(waiting)))
+        for node in asked:
+            del self._newcomers[node]
+        if not self._newcomers:
+            self._newcomers_came = trio.Event()
+        own_key = self._own_key()
+        known = set(self._known_nodes())
+        for node in asked:
+            try:
+                named = self._learn(node, await self._ask(node, find_node(own_key)))
+            except RemoteError as error:
+                log.debug("DHT node %s: %s", node, error)
+                continue
+            nearest = closest(kad_id(own_key), known.union(named))
+            if not known.issuperset(nearest):
+                return True
+        return False
+
+    def _own_key(self) -> bytes:
+        return ID.from_string(self._host.peer_id).to_bytes()
+
     def _node_has_come(self, node: str) -> None:
         self._publisher.node_has_come(node)
-        if node not in self._being_asked:  # else our own look-up led to it: no news
-            self._newcomers.set()
+        is_ours = node in self._being_asked  # our own look-up led to it: no news
+        if not is_ours and len(self._newcomers) < MAX_NEWCOMERS:
+            self._newcomers[node] = None
+            self._newcomers_came.set()
 
     @property
     def dht(self) -> GuardedDht:
@@ -233,8 +281,7 @@ class Discovery:
         async with trio.open_nursery() as nursery:
             for address in dict.fromkeys(addresses):
                 nursery.start_soon(join, address)
-        own_key = ID.from_string(self._host.peer_id).to_bytes()
-        await self._find_nodes(own_key, connected.values())
+        await self._find_nodes(self._own_key(), connected.values())
         return Bootstrapped(tuple(connected), failed, len(self._known_nodes()))
 
     # ---- announcing
@@ -284,6 +331,7 @@ class Discovery:
         return {
             "nodes": self.routing_table_size(),
             "searches": self.searches,
+            "looks_round": self.looks_round,
             "questions_asked": self._streams.asked,
             "streams_opened": self._streams.opened,
             "records_kept": self._dht.records.size(),

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
+from functools import lru_cache
 from typing import NamedTuple
 
 import trio
@@ -246,6 +247,7 @@ def id_text(raw: bytes) -> str | None:
         return None
 
 
+@lru_cache(maxsize=4_096)  # neighbours are named in every answer; reading one costs 50 µs
 def addr_text(raw: bytes) -> str | None:
     """Return a binary multiaddr as text, None if it is not one."""
     if len(raw) > _MAX_ADDR_BYTES:

@@ -36,6 +36,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 
 from multiformats import CID
 
@@ -309,6 +310,7 @@ def plain(addr: str) -> str:
     return multiaddr_of(*tcp_host(addr), kind=_kind(addr))
 
 
+@lru_cache(maxsize=4_096)  # asked for each address in each answer of the DHT
 def scope_of(host: str) -> Scope:
     """Tell how far an IP address reaches; names count as global.
 
