@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -186,6 +187,7 @@ async def measure_crash(
         net.kill(name)
     _, searcher = await net.join(server=False)
     after_crash = await share_found(searcher, sample, peer_id)
+    say("30 % of the nodes were killed")
     announcer = net.nodes[peer_id][1]
     old = [name for name in net.nodes if name != peer_id]
     for step in range(steps):
@@ -200,6 +202,7 @@ async def measure_crash(
             await trio.sleep(0.5)
             while announcer.statistics()["next_due_s"] <= 0:
                 await trio.sleep(0.2)
+        say(f"{step + 1} of {steps} parts of the nodes are replaced")
     _, searcher = await net.join(server=False)
     after_replacement = await share_found(searcher, sample, peer_id)
     return {"after_crash": after_crash, "after_replacement": after_replacement}
@@ -209,12 +212,22 @@ async def measure(nodes: int, keys: int, checked: int, *, crash: bool) -> dict[s
     """Measure everything in one network."""
     rng = random.Random(SEED)
     digests = [rng.randbytes(32) for _ in range(keys)]
+    begun, cpu = time.perf_counter(), time.process_time()
     async with network(nodes) as net:
+        joining = {
+            "seconds": time.perf_counter() - begun,
+            "cpu_ms_per_node": 1000 * (time.process_time() - cpu) / nodes,
+        }
         peer_id = next(iter(net.nodes))
+        say(f"{nodes} nodes have joined in {joining['seconds']:.0f} s")
         announcing = await measure_announcing(net, digests, checked)
+        say(f"{keys} keys are announced in {announcing['seconds']:.0f} s, and looked for")
         look_up_ms = sorted(await measure_look_ups(net, digests, peer_id))
+        say("look-ups are timed")
         stock = await measure_stock(net)
+        say("py-libp2p's own DHT has announced")
         result: dict[str, Any] = {
+            "joining": joining,
             "announcing": announcing,
             "look_up_ms": asdict(spread(look_up_ms)),
             "look_up_p95_ms": look_up_ms[int(0.95 * (len(look_up_ms) - 1))],
@@ -223,6 +236,11 @@ async def measure(nodes: int, keys: int, checked: int, *, crash: bool) -> dict[s
         if crash:
             result["crash"] = await measure_crash(net, digests, peer_id)
     return result
+
+
+def say(line: str) -> None:
+    """Tell whoever waits how far it has come."""
+    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
 
 
 def main() -> None:

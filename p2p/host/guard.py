@@ -13,6 +13,9 @@ What is put right
   the swarm cancels all of it, and a peer can cause one (a stream whose protocol
   name is not UTF-8 will do). `contain` and `guard_streams` keep a failure to the
   connection it belongs to.
+- It counts inbound connections for good: once `max_connections` have come, since the start,
+  no more are let in, however many have left; and while as many only sit there, they keep
+  everybody out for 10 s. `guard_door` counts those that shake hands, for as long as they do.
 - The default resource manager refuses the 257th connection whatever
   `max_connections` says, and opens a "circuit breaker"; ours has our limits only.
 - The auto-connector dials peers nobody asked for; ours does nothing.
@@ -37,7 +40,6 @@ from __future__ import annotations
 import errno
 import logging
 import socket
-from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any
 
@@ -47,10 +49,12 @@ from libp2p.abc import IMuxedConn, INetConn, INetStream, INotifee, IRawConnectio
 from libp2p.crypto.keys import KeyPair
 from libp2p.crypto.x25519 import create_new_key_pair as create_new_x25519_key_pair
 from libp2p.host.basic_host import BasicHost
+from libp2p.io.abc import ReadWriteCloser
 from libp2p.network import swarm as swarm_module
 from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.network.connection import swarm_connection
+from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStore
@@ -66,6 +70,7 @@ from multiaddr import Multiaddr
 from tensorswarm.store.errors import BadInput
 
 from .addresses import MAX_ADDRS_PER_PEER, believable, tcp_host, with_peer_id
+from .door import HalfOpen, StreamBudget
 from .pnet import ProtectedConnection
 from .stream import is_ending
 
@@ -74,11 +79,8 @@ log = logging.getLogger(__name__)
 MAX_CONNECTIONS_PER_PEER = 4
 """One is enough; two arise when both sides dial at once, more while one is replaced."""
 
-MAX_INBOUND_STREAMS_PER_PEER = 64
-"""Streams one peer may have open to us: a neighbour has two or three."""
-
 MAX_STREAMS = 10_000
-"""Streams in all. Past that new ones wait, so it is well above what peers need."""
+"""Streams in all. Past that new ones wait, so it is well above what `host.door` allows."""
 
 MAX_KNOWN_PEERS = 5_000
 """Peers whose addresses are kept, at about 1 KB each."""
@@ -238,33 +240,82 @@ def build(
     swarm.auto_connector = NoAutoConnect(swarm)
     peerstore.remote_host = lambda peer_id: remote_host(swarm, peer_id)
     peerstore.is_kept = lambda peer: peer == host.get_id() or peer in swarm.connections
-    guard_streams(host, swarm)
+    guard_streams(swarm)
+    guard_door(swarm)
     return host, swarm, peerstore
 
 
-def guard_streams(host: BasicHost, swarm: Swarm) -> None:
+def guard_streams(swarm: Swarm) -> None:
     """Keep what goes wrong with an inbound stream from stopping the swarm."""
-    open_streams: Counter[ID] = Counter()
+    budget = StreamBudget()
     inner = swarm.common_stream_handler
 
     async def handle(net_stream: INetStream) -> None:
         peer_id = net_stream.muxed_conn.peer_id
-        if open_streams[peer_id] >= MAX_INBOUND_STREAMS_PER_PEER:
+        name = str(peer_id)
+        if not budget.take(name):
+            if budget.is_flood(name):
+                log.debug("cut %s: it opens streams without end", peer_id)
+                for conn in list(swarm.connections.get(peer_id, ())):
+                    cut(conn)
+                return
             log.debug("%s has too many streams open", peer_id)
             await net_stream.reset()
             return
-        open_streams[peer_id] += 1
         try:
             await inner(net_stream)
         except Exception as error:  # the peer's doing: our own handlers raise nothing
             log.debug("stream from %s: %s: %s", peer_id, type(error).__name__, error)
             await net_stream.reset()
         finally:
-            open_streams[peer_id] -= 1
-            if not open_streams[peer_id]:
-                del open_streams[peer_id]
+            budget.gone(name)
 
     swarm.set_stream_handler(handle)
+
+
+def guard_door(swarm: Swarm) -> None:
+    """Let connections in: few that shake hands, and as many as there may be afterwards.
+
+    py-libp2p's own way holds a place for each connection until the host ends.
+    """
+    half_open = HalfOpen()
+
+    async def let_in(carrier: ReadWriteCloser, maddr: Multiaddr) -> None:
+        remote = carrier.get_remote_address()
+        with trio.CancelScope() as handshake:
+            number = half_open.enter(
+                remote[0] if remote else "", trio.current_time(), handshake.cancel
+            )
+            if number is None:
+                return  # and the listener closes it
+            try:
+                if not await _has_spoken(carrier):
+                    return
+                half_open.spoke(number, trio.current_time())
+                muxed = await swarm.upgrade_inbound_raw_conn(RawConnection(carrier, False), maddr)
+            except Exception as error:  # libp2p's layers each have their own kinds
+                log.debug("inbound connection from %s: %s", remote, error)
+                return
+            finally:
+                half_open.left(number)
+        if handshake.cancelled_caught:
+            log.debug("inbound connection from %s: it made room for another", remote)
+            return
+        # When this ends, the listener closes the connection.
+        gone = getattr(muxed, "event_closed", None)
+        await (swarm.manager.wait_finished() if gone is None else gone.wait())
+
+    swarm._handle_inbound_connection = let_in  # type: ignore[method-assign, assignment]
+
+
+async def _has_spoken(carrier: ReadWriteCloser) -> bool:
+    """Wait for the first byte of a connection; False if none comes in time."""
+    sock = getattr(getattr(carrier, "stream", None), "socket", None)
+    if not isinstance(sock, trio.socket.SocketType):
+        return True  # a circuit: the relay's connection has spoken
+    with trio.move_on_after(UPGRADE_TIMEOUT_S) as silence:
+        await trio.lowlevel.wait_readable(sock)
+    return not silence.cancelled_caught
 
 
 def contain(manager: TrioManager) -> None:

@@ -13,7 +13,7 @@ import pytest
 import trio
 import trio.testing
 
-from tensorswarm.p2p.host import guard as host_guard
+from tensorswarm.p2p.host import door
 from tensorswarm.p2p.host import host as host_module
 from tensorswarm.p2p.host.addresses import tcp_host
 from tensorswarm.p2p.host.host import Host, Stream
@@ -182,7 +182,7 @@ def test_a_failing_task_of_libp2p_ends_alone() -> None:
 
 
 def test_one_peer_cannot_open_streams_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_guard, "MAX_INBOUND_STREAMS_PER_PEER", 5)
+    monkeypatch.setattr(door, "MAX_STREAMS_PER_PEER", 5)
 
     async def main() -> None:
         async with two_hosts() as (a, b):
