@@ -271,7 +271,7 @@ class BulkServer:
         )
         connection.read_small = self._read_small
         connection.may_have = self._may_have
-        if not self._table.admit(connection):
+        if not self._table.admit(connection, time.monotonic()):
             sock.close()
             return
         try:

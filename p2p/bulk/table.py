@@ -8,6 +8,8 @@ Rules
   So whoever came first cannot keep the others out, and a crowd ends up with one
   connection each.
 - Strangers, who were not allowed anything yet, may not take all places from one address.
+  Where they would, or fill all places from many, the oldest that does not know how to shake
+  hands within `IDLE_GRACE_S` makes room, of the address that has most.
 
 Threads call; nothing waits; no sockets.
 """
@@ -33,7 +35,7 @@ handshake takes 2 ms, so half as many would do for a crowd that comes at once.""
 
 IDLE_GRACE_S = 1.0
 """Seconds without a request after which a connection may have to make room: a planner
-that has work for us asks again within a round trip."""
+that has work for us asks again within a round trip. As much for a handshake."""
 
 MAX_TRACKED_PEERS = 1024
 """Peers whose sent bytes are counted: the least recently served is forgotten first."""
@@ -114,7 +116,7 @@ class ConnectionTable:
         self._limits = limits
         self._lock = threading.Lock()
         self._closing = threading.Event()
-        self._open: dict[Connection, None] = {}  # in the order of their coming
+        self._open: dict[Connection, float] = {}  # since when, in the order of their coming
         self._unproved: Counter[str] = Counter()
         self._per_peer: Counter[str] = Counter()
         self._sent: OrderedDict[str, int] = OrderedDict()
@@ -138,28 +140,58 @@ class ConnectionTable:
             connection.abort()
         return [connection.thread for connection in connections]
 
-    def admit(self, connection: Connection) -> bool:
+    def admit(self, connection: Connection, now: float) -> bool:
         """Take a connection of somebody unknown; False to close it unanswered."""
         limits = self._limits
+        loser: Connection | None = None
         with self._lock:
-            if (
-                self._closing.is_set()
-                or len(self._open) >= limits.connections + MAX_UNIDENTIFIED
-                or self._unproved[connection.host] >= limits.unproved_per_host
-            ):
+            host: str | None = None
+            if self._unproved[connection.host] >= limits.unproved_per_host:
+                host = connection.host
+            elif len(self._open) >= limits.connections + MAX_UNIDENTIFIED and self._unproved:
+                host = self._unproved.most_common(1)[0][0]
+            if not self._unproved[connection.host]:
+                del self._unproved[connection.host]  # reading it has made it
+            if host is not None:
+                loser = self._slow_stranger(host, now)
+                if loser is not None:
+                    self._forget(loser)
+                    self._failed += 1
+            is_full = len(self._open) >= limits.connections + MAX_UNIDENTIFIED
+            if self._closing.is_set() or is_full or (host is not None and loser is None):
                 self._turned_away += 1
-                return False
-            self._accepted += 1
-            self._open[connection] = None
-            self._unproved[connection.host] += 1
-            return True
+                is_admitted = False
+            else:
+                self._accepted += 1
+                self._open[connection] = now
+                self._unproved[connection.host] += 1
+                is_admitted = True
+        if loser is not None:
+            loser.abort()
+        return is_admitted
+
+    def _slow_stranger(self, host: str, now: float) -> Connection | None:
+        """Return the oldest connection of an address that has not shaken hands in time."""
+        for each, since in self._open.items():
+            if now - since < IDLE_GRACE_S:
+                return None  # and all that follow came later
+            if each.host == host and each.peer_id is None and not each.proved:
+                return each
+        return None
+
+    def _forget(self, connection: Connection) -> bool:
+        if self._open.pop(connection, None) is None:
+            return False
+        if not connection.proved:
+            _decrement(self._unproved, connection.host)
+        return True
 
     def identify(self, connection: Connection, peer_id: str, now: float) -> bool:
         """Give a peer's connection a place; False when there is none."""
         limits = self._limits
         loser: Connection | None = None
         with self._lock:
-            room = self._per_peer[peer_id] < limits.per_peer
+            room = connection in self._open and self._per_peer[peer_id] < limits.per_peer
             if room and self._per_peer.total() >= limits.connections:
                 loser = self._who_makes_room(peer_id, now)
                 room = loser is not None
@@ -199,16 +231,15 @@ class ConnectionTable:
         """Note that the peer was allowed something: it is no stranger any more."""
         if not connection.proved:
             with self._lock:
+                if connection in self._open:
+                    _decrement(self._unproved, connection.host)
                 connection.proved = True
-                _decrement(self._unproved, connection.host)
 
     def dismiss(self, connection: Connection, *, failed: bool) -> None:
         """Note that a connection has ended."""
         with self._lock:
-            self._open.pop(connection, None)
-            self._failed += failed
-            if not connection.proved:
-                _decrement(self._unproved, connection.host)
+            if self._forget(connection):
+                self._failed += failed
             self._leave_place(connection)
 
     def count(self, peer_id: str, requests: int, byte_count: int) -> None:

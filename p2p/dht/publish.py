@@ -32,6 +32,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import trio
 from libp2p.kad_dht.pb.kademlia_pb2 import Message
@@ -305,15 +306,22 @@ class Publisher:
         in_order = sorted(digests, key=lambda digest: kad_id(dht_key(digest)))
         for start in range(0, len(in_order), KEYS_PER_ROUND):
             batch = in_order[start : start + KEYS_PER_ROUND]
-            left = [digest for digest in batch if not self._schedule.is_confirmed(digest)]
-            if left:
-                nodes |= await self._publish_round(left)
+            nodes |= await self._publish_round(partial(self._unconfirmed, batch))
         confirmed = frozenset(filter(self._schedule.is_confirmed, digests))
         return Announcement(len(digests), confirmed, len(nodes))
 
-    async def _publish_round(self, digests: Sequence[bytes]) -> set[str]:
-        """Announce digests; return the nodes that were told."""
+    def _unconfirmed(self, digests: Sequence[bytes]) -> list[bytes]:
+        return [digest for digest in digests if not self._schedule.is_confirmed(digest)]
+
+    async def _publish_round(self, choose: Callable[[], Sequence[bytes]]) -> set[str]:
+        """Announce digests; return the nodes that were told.
+
+        They are chosen when it is our turn: the round before may have announced them.
+        """
         async with self._turn:
+            digests = choose()
+            if not digests:
+                return set()
             try:
                 done = await self._round([dht_key(digest) for digest in digests])
             except BaseException:
@@ -348,11 +356,10 @@ class Publisher:
                 now = self._clock()
                 pause_s = WAIT_FOR_NODES_S
                 if self._known_nodes():
-                    due = self._schedule.due(now, KEYS_PER_ROUND)
-                    if due:
-                        await self._publish_round(due)
-                        continue
                     upcoming = self._schedule.next_due()
+                    if upcoming is not None and upcoming <= now:
+                        await self._publish_round(partial(self._schedule.due, now, KEYS_PER_ROUND))
+                        continue
                     pause_s = REPUBLISH_S if upcoming is None else max(upcoming - now, 0.01)
                 with trio.move_on_after(pause_s):
                     await self._wake.wait()

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 MAX_HALF_OPEN = 128
 """Connections in a handshake, which takes three round trips, 10 s at most."""
@@ -69,15 +69,15 @@ class HalfOpen:
 
     Attributes
     ----------
-    turned_away : int
-        Connections that got no room, or had to make it.
+    entered, turned_away, displaced : int
+        Connections that came in, that got no room, and of the former those that had to
+        make room.
     """
 
     def __init__(self) -> None:
         self._entries: dict[int, _Entry] = {}  # in the order of their coming
         self._per_host: Counter[str] = Counter()
-        self._next = 0
-        self.turned_away = 0
+        self.entered = self.turned_away = self.displaced = 0
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -108,10 +108,10 @@ class HalfOpen:
         if not has_room:
             self.turned_away += 1
             return None
-        self._next += 1
-        self._entries[self._next] = _Entry(host, leave)
+        self.entered += 1
+        self._entries[self.entered] = _Entry(host, leave)
         self._per_host[host] += 1
-        return self._next
+        return self.entered
 
     def spoke(self, number: int, now: float) -> None:
         """Note the first byte of a connection."""
@@ -136,19 +136,26 @@ class HalfOpen:
         ]
         for number, entry in (silent or slow)[:1]:
             self.left(number)
-            self.turned_away += 1
+            self.displaced += 1
             entry.leave()
             return True
         return False
 
 
 class StreamBudget:
-    """Streams that peers have open to us. Does no I/O."""
+    """Streams that peers have open to us. Does no I/O.
+
+    Attributes
+    ----------
+    refused : int
+        Streams that were not taken.
+    """
 
     def __init__(self) -> None:
         self._open: Counter[str] = Counter()
         self._refused: Counter[str] = Counter()
         self._total = 0
+        self.refused = 0
 
     def __len__(self) -> int:
         return self._total
@@ -161,6 +168,7 @@ class StreamBudget:
             self._total += 1
             return True
         self._refused[peer] += 1
+        self.refused += 1
         return False
 
     def is_flood(self, peer: str) -> bool:
@@ -174,3 +182,11 @@ class StreamBudget:
         if not self._open[peer]:  # all is well again, or the connection has ended
             del self._open[peer]
             self._refused.pop(peer, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """Both, of one host."""
+
+    half_open: HalfOpen = field(default_factory=HalfOpen)
+    streams: StreamBudget = field(default_factory=StreamBudget)

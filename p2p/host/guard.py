@@ -70,7 +70,7 @@ from multiaddr import Multiaddr
 from tensorswarm.store.errors import BadInput
 
 from .addresses import MAX_ADDRS_PER_PEER, believable, tcp_host, with_peer_id
-from .door import HalfOpen, StreamBudget
+from .door import Door, HalfOpen, StreamBudget
 from .pnet import ProtectedConnection
 from .stream import is_ending
 
@@ -172,6 +172,7 @@ def build(
     *,
     max_connections: int,
     own_addrs: Callable[[], Sequence[str]],
+    door: Door,
     network_key: bytes | None = None,
 ) -> tuple[BasicHost, Swarm, GuardedPeerStore]:
     """Make a py-libp2p host, not running yet.
@@ -184,6 +185,8 @@ def build(
         Connections in all.
     own_addrs : callable
         Gives the multiaddrs to tell other peers, at each moment.
+    door : Door
+        Decides who comes in.
     network_key : bytes, optional
         Of the private network that all connections belong to.
     """
@@ -240,14 +243,13 @@ def build(
     swarm.auto_connector = NoAutoConnect(swarm)
     peerstore.remote_host = lambda peer_id: remote_host(swarm, peer_id)
     peerstore.is_kept = lambda peer: peer == host.get_id() or peer in swarm.connections
-    guard_streams(swarm)
-    guard_door(swarm)
+    guard_streams(swarm, door.streams)
+    guard_door(swarm, door.half_open)
     return host, swarm, peerstore
 
 
-def guard_streams(swarm: Swarm) -> None:
+def guard_streams(swarm: Swarm, budget: StreamBudget) -> None:
     """Keep what goes wrong with an inbound stream from stopping the swarm."""
-    budget = StreamBudget()
     inner = swarm.common_stream_handler
 
     async def handle(net_stream: INetStream) -> None:
@@ -273,12 +275,11 @@ def guard_streams(swarm: Swarm) -> None:
     swarm.set_stream_handler(handle)
 
 
-def guard_door(swarm: Swarm) -> None:
+def guard_door(swarm: Swarm, half_open: HalfOpen) -> None:
     """Let connections in: few that shake hands, and as many as there may be afterwards.
 
     py-libp2p's own way holds a place for each connection until the host ends.
     """
-    half_open = HalfOpen()
 
     async def let_in(carrier: ReadWriteCloser, maddr: Multiaddr) -> None:
         remote = carrier.get_remote_address()

@@ -56,6 +56,7 @@ from .addresses import (
     with_peer_id,
 )
 from .dial import cause_of, interfaces, resolve, usable
+from .door import Door
 from .stream import Errand, Stream
 
 __all__ = ["Handler", "Host", "Stream"]
@@ -127,6 +128,8 @@ class Host:
         The identity.
     peer_id : str
         Its public name.
+    door : Door
+        Who comes in, with counters.
     """
 
     def __init__(
@@ -149,10 +152,12 @@ class Host:
         self._stack = AsyncExitStack()
         self._scope = trio.CancelScope()
         self._is_running = False
+        self.door = Door()
         self._libp2p, self._swarm, self._peerstore = host_guard.build(
             self.key_pair,
             max_connections=max_connections,
             own_addrs=lambda: self._told,
+            door=self.door,
             network_key=network_key,
         )
         self._identified_listeners: list[Callable[[str], None]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,27 @@ def test_without_other_nodes_nothing_is_confirmed_until_one_comes() -> None:
             recorded = event_when_recorded(newcomer)
             await newcomer.bootstrap([net.nodes[0][0].addrs()[0]])
             await recorded.wait()  # by the background task of the first node
+
+    run(main)
+
+
+def test_nodes_that_come_during_a_round_cause_no_second_one() -> None:
+    async def main() -> None:
+        async with network(2) as net:
+            _, announcer = net.nodes[1]
+            publisher = announcer._publisher
+            inner = publisher._round
+
+            async def round_with_visitors(keys: Sequence[bytes]) -> object:
+                publisher.node_has_come("12D3KooWvisitor")
+                await trio.testing.wait_all_tasks_blocked()  # the background task saw it
+                return await inner(keys)
+
+            publisher._round = round_with_visitors  # type: ignore[assignment, method-assign]
+            keys = digests(40)
+            assert (await announcer.announce(keys)).confirmed == set(keys)
+            await trio.testing.wait_all_tasks_blocked()
+            assert announcer.statistics()["rounds"] == 1
 
     run(main)
 

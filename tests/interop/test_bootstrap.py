@@ -162,6 +162,38 @@ def test_two_islands_become_one_network_when_two_nodes_meet(
     run(main)
 
 
+def test_a_node_that_joins_our_network_is_asked_one_question_and_causes_no_look_round(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(discovery_module, "LEAST_REFRESH_S", 0.0)
+
+    async def main() -> None:
+        async with network(4) as net:
+            _, node = net.nodes[0]
+            answers: list[bool] = []
+            all_asked = trio.Event()
+            inner = node._newcomers_bring_news
+
+            async def ask() -> bool:
+                answers.append(await inner())
+                if not node._newcomers:
+                    all_asked.set()
+                return answers[-1]
+
+            node._newcomers_bring_news = ask  # type: ignore[method-assign]
+            while node._newcomers:  # those of the beginning
+                await all_asked.wait()
+                all_asked = trio.Event()
+            asked, rounds = node.statistics()["questions_asked"], node.looks_round
+            await net.join()
+            await all_asked.wait()
+            assert not answers[-1]
+            assert node.looks_round == rounds
+            assert node.statistics()["questions_asked"] == asked + 1
+
+    run(main)
+
+
 # ---- the local network
 
 

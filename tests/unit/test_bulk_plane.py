@@ -389,6 +389,19 @@ def test_strangers_from_one_address_cannot_take_every_place() -> None:
             sock.close()
 
 
+def test_who_does_not_shake_hands_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bulk_table, "IDLE_GRACE_S", 0.0)
+    with bulk_server(MemoryShelf(SMALL), max_connections=4) as server:
+        silent = [socket.create_connection(server.address, timeout=WAIT_S) for _ in range(9)]
+        honest = connect(server)
+        assert fetch(honest, SMALL.digest, 0, 5) == SMALL.data[:5]
+        assert silent[0].recv(1) == b""
+        assert server.statistics().connections <= 4
+        honest.close()
+        for sock in silent:
+            sock.close()
+
+
 def test_the_table_of_peers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bulk_table, "MAX_TRACKED_PEERS", 2)
     with bulk_server(MemoryShelf(SMALL)) as server:
