@@ -331,7 +331,7 @@ def contain(manager: TrioManager) -> None:
                 log.warning("a task of libp2p failed", exc_info=True)
                 close = getattr(getattr(task, "__self__", None), "close", None)
                 if close is not None and not isinstance(task.__self__, Swarm):  # type: ignore[attr-defined]
-                    await _closed_quietly(close)
+                    await closed_quietly(close)
 
         options.setdefault("name", getattr(task, "__qualname__", "task"))
         run_task(contained, **options)
@@ -339,11 +339,12 @@ def contain(manager: TrioManager) -> None:
     manager.run_task = run_contained  # type: ignore[method-assign, assignment]
 
 
-async def _closed_quietly(close: Callable[[], Awaitable[None]]) -> None:
+async def closed_quietly(close: Callable[[], Awaitable[None]]) -> None:
+    """Close something of libp2p's, whatever that comes to."""
     try:
         await close()
     except Exception as error:
-        log.debug("closing after a failure: %s", error)
+        log.debug("closing: %s", error)
 
 
 class Watcher(INotifee):

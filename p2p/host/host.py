@@ -234,9 +234,7 @@ class Host:
 
     def _cut_what_is_left(self, conns: Iterable[INetConn]) -> None:
         for conn in (*conns, *self._swarm.get_connections()):
-            host_guard.cut(
-                conn
-            )  # libp2p forgets those whose goodbye is stuck, without closing them
+            host_guard.cut(conn)  # libp2p forgets those whose goodbye is stuck, without closing
         for listener in self._swarm.listeners.values():
             nursery = getattr(listener, "_nursery", None)
             if nursery is not None:  # closing it was cancelled half-way
@@ -578,19 +576,12 @@ def _id(peer_id: str) -> ID:
         raise BadInput(f"not a peer id: {peer_id[:80]!r}") from error
 
 
-async def _close_quietly(conn: INetConn) -> None:
-    try:
-        await conn.close()
-    except Exception as error:
-        log.debug("closing a connection: %s", error)
-
-
 async def _close_all(conns: Iterable[INetConn]) -> None:
     """Say goodbye to all peers at once: py-libp2p takes 0.2 s for each in turn."""
     with trio.move_on_after(GOODBYE_S):
         async with trio.open_nursery() as nursery:
             for conn in conns:
-                nursery.start_soon(_close_quietly, conn)
+                nursery.start_soon(host_guard.closed_quietly, conn.close)
             for conn in conns:
                 await host_guard.wait_gone(conn)
             nursery.cancel_scope.cancel()  # only libp2p's own sleeping is left
@@ -598,6 +589,6 @@ async def _close_all(conns: Iterable[INetConn]) -> None:
 
 async def _end(conn: INetConn) -> None:
     with trio.move_on_after(GOODBYE_S) as goodbye:
-        await _close_quietly(conn)
+        await host_guard.closed_quietly(conn.close)
     if goodbye.cancelled_caught:
         host_guard.cut(conn)
