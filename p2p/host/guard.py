@@ -283,12 +283,14 @@ def guard_door(swarm: Swarm, half_open: HalfOpen) -> None:
 
     async def let_in(carrier: ReadWriteCloser, maddr: Multiaddr) -> None:
         remote = carrier.get_remote_address()
+        if len(swarm.get_connections()) >= swarm.connection_config.max_connections:
+            return  # and the listener closes it, before anything is said
         with trio.CancelScope() as handshake:
             number = half_open.enter(
                 remote[0] if remote else "", trio.current_time(), handshake.cancel
             )
             if number is None:
-                return  # and the listener closes it
+                return
             try:
                 if not await _has_spoken(carrier):
                     return
