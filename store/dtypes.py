@@ -141,6 +141,36 @@ def block_of(dtype: str) -> tuple[int, int]:
     return int(match[1]), 8 * int(match[2])
 
 
+def is_packed(name: str) -> bool:
+    """Tell whether a type packs elements into bits or blocks, so that numpy has none for it.
+
+    Raises
+    ------
+    BadInput
+        The type is unknown.
+    """
+    elements, bits = block_of(name)
+    return bits < 8 or elements > 1
+
+
+def packed_shape(dtype: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape of a tensor's bytes: its own, with the last dimension in bytes.
+
+    Where rows do not end between bytes or blocks it is one dimension. The ``gguf``
+    library shows quantised tensors in the same way.
+
+    Raises
+    ------
+    BadInput
+        As for `tensor_size_bytes`.
+    """
+    size = tensor_size_bytes(dtype, shape)
+    block, bits = block_of(dtype)
+    if shape and shape[-1] * bits % (8 * block) == 0:
+        return (*shape[:-1], shape[-1] * bits // (8 * block))
+    return (size,)
+
+
 def numpy_dtype(name: str) -> numpy.dtype[Any]:
     """Return the numpy type with which a tensor's bytes can be viewed.
 
@@ -169,4 +199,4 @@ def numpy_dtype(name: str) -> numpy.dtype[Any]:
     elements, bits = block_of(name)
     if elements == 1 and name.startswith("V"):  # as numpy reads types it does not know
         return numpy.dtype(f"V{bits // 8}")
-    raise BadInput(f"numpy has no packed type for {name}: take the tensor's raw bytes")
+    raise BadInput(f"numpy has no type for {name}")

@@ -432,6 +432,11 @@ class Describing:
 
     def _blocks_of(self, content: Content) -> Iterator[Bytes]:
         """Yield a content's bytes."""
+        if content.inner is not None:
+            with self._decoded(content.inner) as file:
+                item = recipe_input(file.fileno(), content.inner.size_bytes)
+                yield from make(content.decode, content.parameters, [item], content.size_bytes)
+            return
         for extent in content.extents:
             source = self._sources.get(extent.path)
             if source is None or extent.offset + extent.size_bytes > source.state.size_bytes:
@@ -459,21 +464,33 @@ class Describing:
         ]
         for held in layout.held:
             content = absolute(held.content, name)
-            first = content.extents[0]
-            at = first.offset if first.path == name else source.state.size_bytes
-            entries.append((at, held.name, held.dtype, held.shape, self._held(source, content)))
+            ref = self._held(source, content)
+            if ref is not None:
+                first = content.first
+                at = first.offset if first.path == name else source.state.size_bytes
+                entries.append((at, held.name, held.dtype, held.shape, ref))
         entries.sort(key=lambda entry: entry[0])  # stable: the layout's order otherwise
         parts = [
             self._refs[Extent(name, piece.offset, piece.size_bytes)] for piece in layout.pieces
         ]
         builder.add_file(name, layout.format, parts, [entry[1:] for entry in entries])
 
-    def _held(self, source: Source, content: Content) -> ObjectRef | RecipeSpec:
-        """Return the object of a held tensor, or how it is made from a piece."""
+    def _held(self, source: Source, content: Content) -> ObjectRef | RecipeSpec | None:
+        """Return the object of a held tensor, or how it is made from one.
+
+        None for a tensor that would take two steps, because what it is made from in the
+        second is no object: that is left unseen.
+        """
         known = self._contents.get(content)
         if known is not None:
             return known
-        ref = self._refs.get(content.extents[0]) if len(content.extents) == 1 else None
+        ref: ObjectRef | RecipeSpec | None
+        if content.inner is not None:
+            ref = self._contents.get(content.inner)
+            if ref is None:
+                return None
+        else:
+            ref = self._refs.get(content.first) if len(content.extents) == 1 else None
         if ref is not None and not content.decode:
             return ref
         if not isinstance(ref, ObjectRef):

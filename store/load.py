@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .checking import iterate_part
-from .dtypes import numpy_dtype
+from .dtypes import is_packed, numpy_dtype, packed_shape
 from .errors import BadInput, StoreDamaged
 from .manifest import Manifest, NamedTensor
 from .mapping import Mapping
@@ -107,7 +107,9 @@ def load_tensors(
     -------
     dict of str to numpy.ndarray or torch.Tensor
         Read-only arrays in the shapes and dtypes of the model, or tensors. BF16 and the
-        8-bit floats are arrays of the dtypes of ``ml_dtypes``.
+        8-bit floats are arrays of the dtypes of ``ml_dtypes``. Types that pack elements
+        into bits or blocks (4-bit floats, GGUF's quantised types) are their bytes, uint8,
+        the last dimension counted in bytes (`packed_shape`).
 
     Raises
     ------
@@ -195,12 +197,15 @@ class Loader:
         return self._to_torch(tensor.dtype, tensor.shape, lambda: self._flat(tensor))
 
     def _array(self, tensor: NamedTensor) -> Array:
-        dtype = numpy_dtype(tensor.dtype)
-        if math.prod(tensor.shape) == 0:
-            empty = np.empty(tensor.shape, dtype)
+        if is_packed(tensor.dtype):
+            dtype, shape = np.dtype(np.uint8), packed_shape(tensor.dtype, tensor.shape)
+        else:
+            dtype, shape = numpy_dtype(tensor.dtype), tensor.shape
+        if math.prod(shape) == 0:
+            empty = np.empty(shape, dtype)
             empty.flags.writeable = False
             return empty
-        array: Array = self._flat(tensor).view(dtype).reshape(tensor.shape)
+        array: Array = self._flat(tensor).view(dtype).reshape(shape)
         return array
 
     def _flat(self, tensor: NamedTensor) -> NDArray[np.uint8]:

@@ -326,8 +326,18 @@ class ManifestBuilder:
             There are none, or they break a rule in this module's header.
         """
         # What is an object anyway needs no recipe; then its inputs may be of no use.
-        recipes = [self._recipes[d] for d in sorted(self._recipes) if d not in self._objects]
-        digests = sorted(self._needed(recipes))
+        kept = self._recipes.keys() - self._objects.keys()
+        needed = self._needed(kept)
+        # Two files may make each other's objects. One that then is in no file is made, too.
+        kept |= {
+            tensor[3].digest
+            for file in self._files
+            for tensor in file.tensors
+            if tensor[3].digest not in needed and self._can_be_made(tensor[3].digest, needed)
+        }
+        tensors = {tensor[3].digest for file in self._files for tensor in file.tensors}
+        digests = sorted(needed | (tensors & self._objects.keys()) - kept)
+        recipes = [self._recipes[digest] for digest in sorted(kept)]
         index = {digest: position for position, digest in enumerate(digests)}
         index |= {recipe.digest: len(digests) + i for i, recipe in enumerate(recipes)}
         files = [
@@ -353,13 +363,15 @@ class ManifestBuilder:
             ),
         )
 
-    def _needed(self, recipes: Sequence[RecipeSpec]) -> set[bytes]:
-        """Return the digests of the objects that the files and `recipes` use."""
-        needed = {ref.digest for recipe in recipes for ref in recipe.inputs}
-        for file in self._files:
-            needed |= {part.digest for part in file.parts}
-            needed |= {tensor[3].digest for tensor in file.tensors}
+    def _needed(self, kept: Iterable[bytes]) -> set[bytes]:
+        """Return the digests of the objects that files' bytes are, or are made of."""
+        needed = {part.digest for file in self._files for part in file.parts}
+        needed |= {ref.digest for digest in kept for ref in self._recipes[digest].inputs}
         return needed & self._objects.keys()
+
+    def _can_be_made(self, digest: bytes, needed: set[bytes]) -> bool:
+        recipe = self._recipes.get(digest)
+        return recipe is not None and all(ref.digest in needed for ref in recipe.inputs)
 
 
 class _PendingFile(NamedTuple):

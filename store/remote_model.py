@@ -219,7 +219,7 @@ class _Known:
                     and content.extents[0] in places
                 ):
                     ref = self._ref(held.name, entry, content.size_bytes)
-                    self._tell(content.extents[0], ref)
+                    self._tell(content.first, ref)
 
     def _ref(self, name: str, entry: Stamped, size_bytes: int) -> ObjectRef:
         list_digest = check_entry(name, entry, size_bytes)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .dtypes import is_packed, packed_shape
 from .errors import BadInput
 
 Converter = Callable[[str, Sequence[int], Callable[[], NDArray[np.uint8]]], Any]
@@ -55,8 +56,10 @@ def torch_converter() -> Converter:
 
     def convert(dtype: str, shape: Sequence[int], read: Callable[[], NDArray[np.uint8]]) -> Any:
         kind = getattr(torch, _NAMES.get(dtype, ""), None)
+        if kind is None and is_packed(dtype):
+            kind, shape = torch.uint8, packed_shape(dtype, shape)
         if kind is None:
-            raise BadInput(f"PyTorch has no type for {dtype}: take the tensor's raw bytes")
+            raise BadInput(f"PyTorch has no type for {dtype}: load it with framework 'np'")
         if math.prod(shape) == 0:
             return torch.empty(tuple(shape), dtype=kind)
         flat = read()

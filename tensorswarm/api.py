@@ -171,7 +171,8 @@ def load(
     Returns
     -------
     dict of str to numpy.ndarray or torch.Tensor, or `LazyTensors`
-        By tensor name; BF16 and 8-bit floats are arrays of the dtypes of ``ml_dtypes``.
+        By tensor name; BF16 and 8-bit floats are arrays of the dtypes of ``ml_dtypes``,
+        quantised blocks and 4-bit floats their bytes as uint8, rows counted in bytes.
 
     Raises
     ------

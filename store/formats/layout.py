@@ -83,12 +83,20 @@ class Content(NamedTuple):
         That recipe's parameters.
     size_bytes : int
         The tensor's size.
+    inner : Content or None
+        What it is made from instead of extents, where that takes a second step.
     """
 
     extents: tuple[Extent, ...]
     decode: str
     parameters: tuple[int, ...]
     size_bytes: int
+    inner: Content | None = None
+
+    @property
+    def first(self) -> Extent:
+        """The first run of bytes that it comes from."""
+        return self.extents[0] if self.inner is None else self.inner.first
 
 
 class Made(NamedTuple):
@@ -202,6 +210,13 @@ def check_content(content: Content, size_bytes: int) -> None:
     BadInput
         They do not.
     """
+    if content.inner is not None:
+        if content.extents or content.inner.inner is not None:
+            raise BadInput("a tensor that is made in more than two steps")
+        check_content(content.inner, size_bytes)
+        sizes = [content.inner.size_bytes]
+        check_recipe(content.decode, content.parameters, sizes, content.size_bytes)
+        return
     for extent in content.extents:
         end = extent.offset + extent.size_bytes
         if extent.offset < 0 or extent.size_bytes <= 0 or (not extent.path and end > size_bytes):
@@ -216,7 +231,8 @@ def check_content(content: Content, size_bytes: int) -> None:
 def absolute(content: Content, path: str) -> Content:
     """Return a content of the file at `path` in which no path stands for the file at hand."""
     extents = tuple(each if each.path else each._replace(path=path) for each in content.extents)
-    return content._replace(extents=extents)
+    inner = None if content.inner is None else absolute(content.inner, path)
+    return content._replace(extents=extents, inner=inner)
 
 
 def pieces_made_of(layouts: Mapping[str, Layout]) -> dict[Content, list[Extent]]:

@@ -7,11 +7,13 @@ what numpy would show, and the file's bytes are made from it.
 
 An archive's stored members are read by range. A deflated one is unpacked, and packed
 again when the file is written; where zlib does not give the same bytes again, the packed
-bytes are kept, and the tensor is made from them.
+bytes are kept, and the tensor is made from them. Of a deflated array in Fortran order or
+big-endian the bytes are kept in the file's order, and the tensor is made from those: it has
+its digest, but shares no bytes with the same tensor elsewhere. Where zlib does not give
+its packed bytes again, such an array would need two steps, and is left unseen.
 
 Arrays of Python objects are pickles: they are kept as bytes and never looked into. So
-are strings, dates and records, which are no tensors, and deflated arrays in Fortran
-order or big-endian, which would need two steps.
+are strings, dates and records, which are no tensors.
 
 Source: NumPy, "NEP 1 - A Simple File Format for NumPy Arrays" and ``numpy/lib/format.py``.
 """
@@ -259,9 +261,12 @@ class _Arrays:
 
     def add_packed(self, name: str, member: Member, header: ArrayHeader) -> None:
         """Note a deflated array."""
-        if not header.dtype or header.fortran or header.swapped:
+        if not header.dtype:
             return
         size = tensor_size_bytes(header.dtype, header.shape)
+        reordered = header.fortran or header.swapped
+        if reordered and size > MAX_STRIDED_BYTES:
+            return
         if size + header.header_bytes != member.size_bytes:
             raise BadInput(
                 f"{member.size_bytes - header.header_bytes} bytes for an array of {size}"
@@ -272,7 +277,10 @@ class _Arrays:
         extents = (Extent("", member.offset, member.packed_bytes),)
         head = Content(extents, "inflate", (0,), header.header_bytes)
         body = Content(extents, "inflate", (header.header_bytes,), size)
-        self._held.append(HeldTensor(name, header.dtype, header.shape, body))
+        content = body
+        if reordered:
+            content = Content((), "strided", _reorderings(header)[0], size, body)
+        self._held.append(HeldTensor(name, header.dtype, header.shape, content))
         self._fixed[member.offset] = member.packed_bytes
         self._made[member.offset] = Made("deflate", (), (head, body))
 

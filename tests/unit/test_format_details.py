@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import tensorswarm
 from tensorswarm.store import recipes
 from tensorswarm.store.digest import digest_of
 from tensorswarm.store.dtypes import tensor_size_bytes
@@ -283,6 +284,37 @@ def test_deflated_array_is_kept_once_whatever_the_level(level: int, tmp_path: Pa
     assert total_bytes(manifest) < array.nbytes + 1000
 
 
+def test_deflated_array_in_another_order(tmp_path: Path) -> None:
+    arrays: dict[str, Array] = {
+        "fortran": np.asfortranarray(some(20, 30)),
+        "big": np.arange(500, dtype=">i4").reshape(5, 100),
+        "both": np.asfortranarray(some(7, 9).astype(">f8")),
+        "plain": some(8, 8),
+    }
+    np.savez_compressed(tmp_path / "a.npz", **arrays)  # type: ignore[arg-type]
+    little: dict[str, Array] = {
+        name: np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<")))
+        for name, array in arrays.items()
+    }
+    manifest = check_file(tmp_path / "a.npz", little, tmp_path)
+    assert sorted({recipe.kind for recipe in manifest.recipes}) == ["deflate", "strided"]
+    np.savez(tmp_path / "b.npz", **little)  # type: ignore[arg-type]
+    with Store(tmp_path / "store") as store:
+        other = add_paths(store, [tmp_path / "b.npz"]).manifest
+    assert other.weights_digest == manifest.weights_digest
+
+
+@pytest.mark.parametrize("names", ["ab", "ba"])
+def test_files_that_make_each_others_arrays(names: str, tmp_path: Path) -> None:
+    """Stored, the file's bytes are made from the tensor; deflated, the other way round."""
+    array = np.asfortranarray(some(30, 4))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    np.savez(folder / f"{names[0]}.npz", x=array)
+    np.savez_compressed(folder / f"{names[1]}.npz", x=array)
+    check_file(folder, {"x": np.ascontiguousarray(array)}, tmp_path)
+
+
 def test_deflated_array_that_zlib_would_pack_otherwise_is_kept_packed(tmp_path: Path) -> None:
     array = np.repeat(some(200, 10), 7, axis=0)
     path = deflated(tmp_path / "a.npz", 0, array)  # stored blocks of a size of its own
@@ -427,6 +459,11 @@ def test_quantised_blocks(tmp_path: Path) -> None:
         tensor = found[name]
         assert tensor.shape == (4, 256)
         assert data[tensor.offset : tensor.offset + tensor.size_bytes] == array.tobytes()
+    loaded = tensorswarm.load(str(tmp_path / "q.gguf"), store=tmp_path / "store")
+    for read in gguf.GGUFReader(tmp_path / "q.gguf").tensors:
+        shown = loaded[read.name].view(np.uint8)
+        assert shown.shape == read.data.shape
+        np.testing.assert_array_equal(shown, read.data)
 
 
 def test_sizes_of_opaque_types() -> None:

@@ -78,10 +78,20 @@ def test_every_dtype(store: Store, tmp_path: Path, dtype: str, count: int, copy:
     assert isinstance(root_of(array), Mapping if values.nbytes > 65_536 else bytes)
 
 
-def test_packed_dtype_has_no_numpy_form(store: Store, tmp_path: Path) -> None:
-    path = write_safetensors(tmp_path / "m.safetensors", {"a": ("F4", [4], b"ab")})
-    with pytest.raises(BadInput, match="F4"):
-        load_tensors(store, add_paths(store, [path]).manifest)
+def test_packed_types_are_their_bytes(store: Store, tmp_path: Path) -> None:
+    tensors: dict[str, tuple[str, list[int], bytes]] = {
+        "rows": ("F4", [3, 4], b"abcdef"),
+        "odd rows": ("F4", [2, 3], b"abc"),
+        "none": ("F4", [0, 4], b""),
+    }
+    path = write_safetensors(tmp_path / "m.safetensors", tensors)
+    loaded = load_tensors(store, add_paths(store, [path]).manifest)
+    assert {name: (array.dtype, array.shape) for name, array in loaded.items()} == {
+        "rows": (np.uint8, (3, 2)),
+        "odd rows": (np.uint8, (3,)),
+        "none": (np.uint8, (0, 2)),
+    }
+    assert loaded["rows"].tobytes() == b"abcdef" and not loaded["rows"].flags.writeable
 
 
 @both_ways
