@@ -191,8 +191,9 @@ class Download:
                 nursery.cancel_scope.cancel()
             await self._settle()
             if self._roster.members:  # the last chunks, or others go to the origin for them
+                self._neighbours.tell(self._news.take())
                 with trio.move_on_after(LAST_NEWS_S):
-                    await self._neighbours.tell(self._news.take())
+                    await self._neighbours.wait_told()
         finally:
             self.close()
 
@@ -561,7 +562,7 @@ class Download:
             await trio.sleep(TELL_CROWD_INTERVAL_S if in_crowd else TELL_INTERVAL_S)
             entries = self._news.take()
             if entries:
-                await self._neighbours.tell(entries)
+                self._neighbours.tell(entries)
 
     def reports(self) -> tuple[list[SourceReport], int]:
         """Return what each source gave, and the bytes received in vain."""

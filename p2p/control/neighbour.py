@@ -9,7 +9,7 @@ Every wait has a deadline. A violation ends the stream with a bye and the reason
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Protocol
 
@@ -21,6 +21,7 @@ from tensorswarm.store.errors import BadInput, NoSource, ProtocolError, Refused,
 from ..host.host import Stream
 from . import wire, wire_limits
 from .answers import Answers
+from .outbox import Outbox
 
 SEND_TIMEOUT_S = 20.0
 """Time for one frame to leave, in seconds: 1 MiB in that time is 0.4 Mbit/s."""
@@ -40,6 +41,10 @@ class Owner(Protocol):
 
     def on_have(self, peer_id: str, entries: Sequence[wire.HaveEntry]) -> None:
         """Note what a neighbour says it holds, answered or unasked."""
+        ...
+
+    def on_offer(self, peer_id: str, message: wire.Offer | wire.Pass) -> None:
+        """Note an upload that a neighbour offers, or does not take from us."""
         ...
 
     def peers_for(self, digest: bytes, asker: str) -> list[wire.PeerEntry]:
@@ -78,6 +83,7 @@ class Neighbour:
         self._requests_in, self._requests_out = trio.open_memory_channel[wire.Request](
             MAX_QUEUED_REQUESTS
         )
+        self._outbox = Outbox()
         self._closed = trio.Event()
 
     # ---- the life of the stream
@@ -111,6 +117,7 @@ class Neighbour:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._serve)
+                nursery.start_soon(self._speak)
                 try:
                     await self._read_all()
                 finally:
@@ -180,7 +187,9 @@ class Neighbour:
         match message:
             case wire.Have(request_id=0):
                 self._owner.on_have(self.peer_id, message.entries)
-            case wire.Refusal(request_id=0) | wire.Offer() | wire.Pass() | wire.Unknown():
+            case wire.Offer() | wire.Pass():
+                self._owner.on_offer(self.peer_id, message)
+            case wire.Refusal(request_id=0) | wire.Unknown():
                 pass
             case wire.Have() | wire.Blobs() | wire.ChunkListIs() | wire.Peers() | wire.Refusal():
                 channel = self._waiting.get(message.request_id)
@@ -306,10 +315,30 @@ class Neighbour:
                 wire.Unwant(tuple(wanted[start : start + wire_limits.MAX_WANT_DIGESTS]))
             )
 
-    async def tell(self, entries: Sequence[wire.HaveEntry]) -> None:
-        """Tell news of what we hold now."""
-        for frame in wire.fit_have(0, entries):
-            await self._send(frame)
+    def tell(self, entries: Iterable[wire.HaveEntry]) -> None:
+        """Tell news of what we hold now, as soon as the stream takes it."""
+        self._outbox.add_news(entries)
+
+    def notify(self, notice: wire.Offer | wire.Pass) -> None:
+        """Offer an upload, or pass on an offer, as soon as the stream takes it."""
+        self._outbox.add_notice(notice)
+
+    async def wait_told(self) -> None:
+        """Wait until all news has left, or the stream has ended."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._wait_closed, nursery.cancel_scope)
+            await self._outbox.wait_sent()
+            nursery.cancel_scope.cancel()
+
+    async def _wait_closed(self, scope: trio.CancelScope) -> None:
+        await self._closed.wait()
+        scope.cancel()
+
+    async def _speak(self) -> None:
+        while True:
+            for message in await self._outbox.take():
+                await self._send(message)
+            self._outbox.sent()
 
     async def get_blobs(self, limits_bytes: Mapping[bytes, int]) -> dict[bytes, bytes]:
         """Ask for blobs and verify them.

@@ -29,6 +29,7 @@ MEET_TIMEOUT_S = 5.0
 """Time to connect and open the stream, in seconds."""
 
 HaveListener = Callable[[str, Sequence[wire.HaveEntry]], None]
+OfferListener = Callable[[str, wire.Offer | wire.Pass], None]
 
 
 class Neighbours:
@@ -49,6 +50,8 @@ class Neighbours:
         Hear of each neighbour, by peer id, as it comes and goes.
     have_listeners : list of callables
         Hear what neighbours say they hold.
+    offer_listeners : list of callables
+        Hear of uploads that neighbours offer, and of offers that they pass on.
     """
 
     def __init__(self, host: Host, answers: Answers, hello: Callable[[], wire.Hello]) -> None:
@@ -62,6 +65,7 @@ class Neighbours:
         self.joined: list[Callable[[str], None]] = []
         self.left: list[Callable[[str], None]] = []
         self.have_listeners: list[HaveListener] = []
+        self.offer_listeners: list[OfferListener] = []
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Take in neighbours until cancelled."""
@@ -215,8 +219,13 @@ class Neighbours:
         circuits = [addr for addr in known if is_circuit(addr)]
         return tuple(dict.fromkeys((*circuits, *neighbour.hello.addrs)))
 
-    async def tell(self, entries: Iterable[wire.HaveEntry]) -> None:
-        """Tell every neighbour the news it asked to hear."""
+    def on_offer(self, peer_id: str, message: wire.Offer | wire.Pass) -> None:
+        """Pass on an upload that a neighbour offers, or does not take from us."""
+        for listener in list(self.offer_listeners):
+            listener(peer_id, message)
+
+    def tell(self, entries: Iterable[wire.HaveEntry]) -> None:
+        """Tell every neighbour the news it asked to hear, each at the pace it reads."""
         news = list(entries)
         for neighbour in self.all():
             may_have = self._answers.to(neighbour.peer_id).may_have
@@ -225,9 +234,11 @@ class Neighbours:
                 for entry in news
                 if entry.digest in neighbour.interests and may_have(entry.digest)
             ]
-            if not wanted:
-                continue
-            try:
-                await neighbour.tell(wanted)
-            except RemoteError:
-                await neighbour.close()
+            if wanted:
+                neighbour.tell(wanted)
+
+    async def wait_told(self) -> None:
+        """Wait until every neighbour has been told all news."""
+        async with trio.open_nursery() as nursery:
+            for neighbour in self.all():
+                nursery.start_soon(neighbour.wait_told)

@@ -110,7 +110,7 @@ class Announcer:
         self._known = present
         if not new:
             return
-        await self._neighbours.tell(
+        self._neighbours.tell(
             [wire.HaveEntry(digest, size, None, b"") for digest, size in new.items() if size]
         )
         announced = await self._discovery.announce(list(new))

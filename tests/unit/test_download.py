@@ -75,7 +75,7 @@ class FakeNeighbours:
             for listener in self.have_listeners:
                 listener(peer_id, message.entries)
 
-    async def tell(self, entries: Sequence[wire.HaveEntry]) -> None:
+    def tell(self, entries: Sequence[wire.HaveEntry]) -> None:
         for frame in wire.fit_have(0, entries):
             wire.encode(frame)  # raises what a neighbour would hold against us
             self.told += frame.entries

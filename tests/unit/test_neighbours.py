@@ -13,6 +13,7 @@ from tensorswarm.p2p.control import wire
 from tensorswarm.p2p.control.answers import Answers
 from tensorswarm.p2p.control.neighbour import Neighbour
 from tensorswarm.p2p.control.neighbours import Neighbours
+from tensorswarm.p2p.control.outbox import MAX_NOTICES, Outbox
 from tensorswarm.p2p.host.host import Host, Stream
 from tensorswarm.store.errors import NoSource
 from tensorswarm.store.store import Store
@@ -28,8 +29,11 @@ class MemoryStream:
 
     def __init__(self, inner: trio.abc.Stream) -> None:
         self._inner = inner
+        self.is_stuck = False
 
     async def send(self, data: bytes) -> None:
+        if self.is_stuck:
+            await trio.sleep_forever()
         try:
             await self._inner.send_all(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
@@ -62,9 +66,13 @@ class Heard:
 
     def __init__(self) -> None:
         self.entries: list[wire.HaveEntry] = []
+        self.notices: list[wire.Offer | wire.Pass] = []
 
     def on_have(self, _peer_id: str, entries: Sequence[wire.HaveEntry]) -> None:
         self.entries += entries
+
+    def on_offer(self, _peer_id: str, message: wire.Offer | wire.Pass) -> None:
+        self.notices.append(message)
 
     def peers_for(self, _digest: bytes, _asker: str) -> list[wire.PeerEntry]:
         return []
@@ -84,10 +92,11 @@ class World:
         self.heard = Heard()
         self._nursery = nursery
 
-    async def dial(self) -> Neighbour:
-        """Let the peer open one more stream to us; returns its end, in use."""
+    async def dial(self, peer_id: str = PEER) -> Neighbour:
+        """Let a peer open one more stream to us; returns its end, in use."""
         here, there = memory_stream_pair()
-        self._nursery.start_soon(self.host.accept, PEER, cast(Stream, MemoryStream(here)))
+        self.latest = MemoryStream(here)
+        self._nursery.start_soon(self.host.accept, peer_id, cast(Stream, self.latest))
         end = Neighbour(ME, cast(Stream, MemoryStream(there)), self.answers, self.heard)
         await end.greet(hello())
         self._nursery.start_soon(end.run)
@@ -113,7 +122,7 @@ def test_what_is_asked_on_either_of_two_streams_counts(tmp_path: Path) -> None:
         second = await world.dial()
         await second.get_peers(b"")  # answered: so it is in the table
         assert world.ours.wanting(MODEL) == [PEER]
-        await world.ours.tell([wire.HaveEntry(MODEL, 5, None, b"")])
+        world.ours.tell([wire.HaveEntry(MODEL, 5, None, b"")])
         await second.unwant([MODEL])
         await second.get_peers(b"")
         assert world.ours.wanting(MODEL) == []
@@ -140,3 +149,44 @@ def test_a_peer_stays_while_one_of_its_streams_does(tmp_path: Path) -> None:
         assert not world.ours.all()
 
     in_world(tmp_path, test)
+
+
+def test_who_reads_nothing_keeps_nobody_from_the_news(tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        other = "12D3KooWQYhTNQdmr3ArTeUHRYzFg94BKyTkoWBDWez9kSCVe2Xo"
+        slow = await world.dial()
+        await slow.want([MODEL])
+        world.latest.is_stuck = True
+        quick = await world.dial(other)
+        await quick.want([MODEL])
+        for bits in (b"\x01", b"\x03", b"\x07"):
+            news = wire.HaveEntry(MODEL, 3 << 20, bits, MODEL)
+            world.ours.tell([news])
+            while news not in world.heard.entries:
+                await trio.lowlevel.checkpoint()
+
+    in_world(tmp_path, test)
+
+
+def test_news_of_an_object_replaces_older_news_of_it_and_notices_go_first() -> None:
+    async def main() -> None:
+        box = Outbox()
+        await box.wait_sent()
+        old, new = wire.HaveEntry(MODEL, 9, b"\1", MODEL), wire.HaveEntry(MODEL, 9, b"\3", MODEL)
+        box.add_news([old])
+        box.add_news([new])
+        for chunk in range(2 * MAX_NOTICES):
+            box.add_notice(wire.Offer(MODEL, chunk))
+        *notices, have = await box.take()
+        assert have == wire.Have(0, (new,), last=True)
+        assert notices == [wire.Offer(MODEL, c) for c in range(MAX_NOTICES, 2 * MAX_NOTICES)]
+        box.add_news([old])
+        box.sent()
+        with trio.move_on_after(0):
+            await box.wait_sent()
+            raise AssertionError("there is more to send")
+        await box.take()
+        box.sent()
+        await box.wait_sent()
+
+    trio.run(main)

@@ -1,0 +1,70 @@
+"""What a neighbour is to be told, until its stream takes it.
+
+News and offers wait here, each neighbour's by itself, so that one that reads slowly keeps
+nobody else from hearing them.
+
+Rules
+- Of an object only the latest news is kept: each says all that is held of it.
+- Offers and passes go first, for they lapse; of too many the oldest are dropped.
+- Nothing here is an answer to a request: those go their own way, at the asker's pace.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+import trio
+
+from . import wire
+from .wire_limits import MAX_SUBSCRIPTIONS
+
+MAX_NOTICES = 32
+"""Offers and passes that wait: a neighbour has one offer of ours at a time."""
+
+
+class Outbox:
+    """The news and notices for one neighbour."""
+
+    def __init__(self) -> None:
+        self._news: dict[bytes, wire.HaveEntry] = {}
+        self._notices: deque[wire.Offer | wire.Pass] = deque(maxlen=MAX_NOTICES)
+        self._is_filled = trio.Event()
+        self._is_idle = trio.Event()
+        self._is_idle.set()
+
+    def add_news(self, entries: Iterable[wire.HaveEntry]) -> None:
+        """Queue news, in the place of older news of the same objects."""
+        for entry in entries:
+            if entry.digest in self._news or len(self._news) < MAX_SUBSCRIPTIONS:
+                self._news[entry.digest] = entry
+                self._fill()
+
+    def add_notice(self, notice: wire.Offer | wire.Pass) -> None:
+        """Queue an offer or a pass."""
+        self._notices.append(notice)
+        self._fill()
+
+    def _fill(self) -> None:
+        self._is_filled.set()
+        if self._is_idle.is_set():
+            self._is_idle = trio.Event()
+
+    async def take(self) -> list[wire.Message]:
+        """Wait until there is something, and take all; `sent` is to be called after."""
+        await self._is_filled.wait()
+        self._is_filled = trio.Event()
+        taken: list[wire.Message] = [*self._notices]
+        taken += wire.fit_have(0, self._news.values()) if self._news else ()
+        self._notices.clear()
+        self._news = {}
+        return taken
+
+    def sent(self) -> None:
+        """Note that what was taken has left."""
+        if not self._is_filled.is_set():
+            self._is_idle.set()
+
+    async def wait_sent(self) -> None:
+        """Wait until everything has left."""
+        await self._is_idle.wait()
