@@ -170,6 +170,9 @@ class _MadeUpPeer:
     async def get_peers(self, digest: bytes) -> list[object]:
         return []
 
+    def somebody_listens(self) -> bool:
+        return False
+
     async def tell(self, entries: object) -> None:
         """Nobody listens."""
 

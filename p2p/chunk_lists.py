@@ -73,7 +73,7 @@ class ChunkLists:
         came: list[bytes] = []
 
         async def ask(neighbour: Neighbour) -> bool | None:
-            for digest, data in (await neighbour.get_blobs(missing)).items():
+            for digest, data in (await neighbour.get_blobs(dict(missing))).items():
                 if missing.pop(digest, None) is None:
                     continue  # another one was faster
                 found[digest] = data

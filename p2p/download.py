@@ -47,7 +47,7 @@ from .results import SourceReport
 from .roster import Roster
 from .routes import Distance, Routes, Via
 from .swarm.planner import Ask, Cancel, Drop, Planner, PlannerLimits, SourceKind
-from .swarm.source import Failure, Outcome, SmallOutcome, Span
+from .swarm.source import Failure, Outcome, SmallBatch
 
 RETRY_BACKOFF_S = (1.0, 3.0, 10.0)
 """Pauses before a source that failed for a passing reason is tried again."""
@@ -140,7 +140,6 @@ class Download:
         )
         self._sources: dict[str, KnownSource] = {}
         self._refused: dict[str, int] = {}
-        self._asked: dict[tuple[str, int], tuple[Span, ...]] = {}
         self._news = News(wanted)
         self._swarm_key = swarm_key
         self._roster = Roster()
@@ -247,8 +246,8 @@ class Download:
                 self._planner.progress(now, source, request_id, byte_count)
             case ChunkCame(source, _, index, chunk, outcome, byte_count):
                 self._take_chunk(now, source, index, chunk, outcome, byte_count)
-            case SmallCame(source, _, outcomes):
-                self._take_small(now, source, outcomes)
+            case SmallCame(source, _, batch):
+                self._take_small(now, source, batch)
             case RequestDone(source, request_id):
                 self._note_proved_elsewhere(now, source, request_id)
                 self._planner.request_done(now, source, request_id)
@@ -265,10 +264,9 @@ class Download:
         Downloads of one node that want the same object share it in the store, and a
         worker does not ask for a chunk that is there already.
         """
-        for index, first, count in self._asked.pop((source, request_id), ()):
-            for chunk in range(first, first + count):
-                if not self._wanted.is_missing(index, chunk):
-                    self._planner.chunk_proved(now, None, index, chunk, 0)
+        for index, chunk in self._planner.unanswered(source, request_id):
+            if not self._wanted.is_missing(index, chunk):
+                self._planner.chunk_proved(now, None, index, chunk, 0)
 
     def _take_chunk(
         self, now: float, source: str, index: int, chunk: int, outcome: Outcome, byte_count: int
@@ -289,33 +287,26 @@ class Download:
             self._planner.chunk_refused(now, source, index, chunk)
             self._refused[source] = index
 
-    def _take_small(self, now: float, source: str, outcomes: Sequence[SmallOutcome]) -> None:
-        proved = [each.object_index for each in outcomes if each.outcome is Outcome.PROVED]
-        for index, outcome, byte_count in outcomes:
-            if outcome is not Outcome.PROVED:
-                self._take_chunk(now, source, index, 0, outcome, byte_count)
-        if not proved:
+    def _take_small(self, now: float, source: str, batch: SmallBatch) -> None:
+        for index, outcome, byte_count in batch.others:
+            self._take_chunk(now, source, index, 0, outcome, byte_count)
+        if not batch.proved:
             return
         self._moved_at = now
-        self._planner.small_proved(now, source, proved)
-        self._roster.proved()  # one answer, however many there are in it
-        self._news.note(proved)
+        self._planner.small_proved(now, source, batch.proved)
+        self._news.note(batch.proved)
         giver = self._sources.get(source)
         if giver is not None:
             giver.dropped = False
-        self._on_progress(
-            sum(each.byte_count for each in outcomes if each.outcome is Outcome.PROVED)
-        )
+        self._on_progress(batch.proved_bytes)
 
     def _act(self, now: float, action: object) -> None:
         match action:
             case Ask(request=request):
-                self._asked[request.source, request.request_id] = request.spans
                 source = self._sources.get(request.source)
                 if source is not None and source.worker is not None:
                     source.worker.submit(request)
             case Cancel(source=name, request_id=request_id):
-                self._asked.pop((name, request_id), None)
                 source = self._sources.get(name)
                 if source is not None and source.worker is not None:
                     source.worker.cancel(request_id)
@@ -411,7 +402,6 @@ class Download:
             return False
         self._routes.bulk_failed(now, name)
         source.worker.close()
-        self._forget_asked(name)
         self._restart(now, name, source)
         return True
 
@@ -489,16 +479,12 @@ class Download:
             return
         source.worker.close()
         source.worker = None
-        self._forget_asked(name)
         source.dropped = True
         source.failure = failure
         source.reason = detail or failure.value
         if not source.banned and source.failures < len(RETRY_BACKOFF_S):
             source.retry_at = now + RETRY_BACKOFF_S[source.failures]
         source.failures += 1
-
-    def _forget_asked(self, name: str) -> None:
-        self._asked = {key: spans for key, spans in self._asked.items() if key[0] != name}
 
     def _retry_sources(self, now: float) -> None:
         for name, source in self._sources.items():
@@ -560,8 +546,9 @@ class Download:
         while True:
             in_crowd = bool(self._roster.members)
             await trio.sleep(TELL_CROWD_INTERVAL_S if in_crowd else TELL_INTERVAL_S)
-            entries = self._news.take()
-            if entries:
+            if not self._neighbours.somebody_listens():
+                self._news.skip()
+            elif entries := self._news.take():
                 self._neighbours.tell(entries)
 
     def reports(self) -> tuple[list[SourceReport], int]:

@@ -280,8 +280,7 @@ class Fetch:
             self._account(result, None)
             return
         wanted = self._store.want(table, missing)
-        if self._options.on_object is not None:
-            wanted.on_whole = self._options.on_object
+        wanted.on_whole = self._options.on_object
         lists = ChunkLists(self._store, self._inquiry, self._overhead)
         preparation = Preparation(
             self._store, wanted, lists, _others(table, missing), result.digest

@@ -32,6 +32,16 @@ class News:
         """Note objects of which more is proved."""
         self._changed.update(indices)
 
+    def skip(self) -> None:
+        """Forget what is new: nobody listens, and who asks later is told what there is then.
+
+        What is not in the index yet cannot be told then, so it stays news.
+        """
+        changed, self._changed = self._changed, set()
+        self._finishing = {
+            index for index in self._finishing | changed if not self._wanted.has_ended(index)
+        }
+
     def take(self) -> list[wire.HaveEntry]:
         """Return what is new since the last call."""
         wanted = self._wanted

@@ -270,13 +270,12 @@ class WholeObjects:
         They are kept again with each object that becomes whole, and it is then that a
         full disk is heard of.
         """
-        small: list[tuple[NewObject, bytes]] = []
+        small: list[tuple[bytes, bytes]] = []
         for data in chunk_lists:
             if len(data) > INLINE_LIMIT:
                 self.put_blob(data)
                 continue
-            digest = digest_of(data)
-            small.append((NewObject(digest, len(data), b"", head_of(digest, b"")), data))
+            small.append((digest_of(data), data))
         for start in range(0, len(small), LISTS_BATCH):
             self.keep_small(small[start : start + LISTS_BATCH])
 
@@ -293,8 +292,8 @@ class WholeObjects:
         write_file(path, data)
         return self.keep_temporary(path, new, chunk_list)
 
-    def keep_small(self, objects: Sequence[tuple[NewObject, bytes]]) -> Future[None]:
-        """Put verified objects of at most `INLINE_LIMIT` bytes into the index, in one go."""
+    def keep_small(self, objects: Sequence[tuple[bytes, bytes]]) -> Future[None]:
+        """Put verified objects of at most `INLINE_LIMIT` bytes, by digest, into the index."""
         return self.index.submit(lambda db: insert_small(db, objects))
 
     def keep_temporary(self, path: Path, new: NewObject, chunk_list: bytes = b"") -> Future[None]:

@@ -61,8 +61,10 @@ def urgency(
         Whether everything is wanted in order; otherwise only `first` goes first, and
         the rest is left to the planner, which is faster with many sources.
     """
-    wanted = frozenset(chosen)
     found: dict[bytes, int] = {}
+    if not (in_order or first):
+        return found
+    wanted = frozenset(chosen)
     if in_order:
         tensors = tensors_in_order(manifest, wanted, first)
         step = max(1, -(-len(tensors) // MAX_LEVELS))

@@ -332,7 +332,7 @@ class Receiver:
 
     def keep_small(
         self,
-        objects: Sequence[tuple[NewObject, bytes]],
+        objects: Sequence[tuple[bytes, bytes]],
         owner: Wanted,
         settle: Callable[[BaseException | None], None],
     ) -> None:
@@ -355,7 +355,7 @@ class Receiver:
             with self._lock:
                 others = [each for each in self._downloads if each is not owner]
             for other in others if error is None else ():
-                other.note_whole([new.digest for new, _ in objects])
+                other.note_whole([digest for digest, _ in objects])
 
         try:
             kept = self._objects.keep_small(objects)

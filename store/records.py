@@ -186,8 +186,8 @@ def insert_object(
     db.execute("DELETE FROM partials WHERE digest=?", (new.digest,))
 
 
-def insert_small(db: sqlite3.Connection, objects: Sequence[tuple[NewObject, bytes]]) -> None:
-    """Insert verified objects that live in the index; as `insert_object` for each.
+def insert_small(db: sqlite3.Connection, objects: Sequence[tuple[bytes, bytes]]) -> None:
+    """Insert verified objects that live in the index, by digest; as `insert_object` for each.
 
     Many rows in one statement: a statement each would take the interpreter's lock twice
     a row, and wait for it each time while other threads work.
@@ -195,8 +195,8 @@ def insert_small(db: sqlite3.Connection, objects: Sequence[tuple[NewObject, byte
     for start in range(0, len(objects), _SMALL_ROWS):
         part = objects[start : start + _SMALL_ROWS]
         values: list[object] = []
-        for new, data in part:
-            values += (new.digest, new.size_bytes, data, new.head)
+        for digest, data in part:
+            values += (digest, len(data), data, head_of(digest, b""))
         db.execute(
             "INSERT INTO objects(digest, size, place, data, chunk_list, head) VALUES "
             + ",".join(["(?,?,0,?,x'',?)"] * len(part))
@@ -207,7 +207,7 @@ def insert_small(db: sqlite3.Connection, objects: Sequence[tuple[NewObject, byte
             values,
         )
     for keys, sql in in_parts(
-        "DELETE FROM partials WHERE digest IN ({keys})", [new.digest for new, _ in objects]
+        "DELETE FROM partials WHERE digest IN ({keys})", [digest for digest, _ in objects]
     ):
         db.execute(sql, keys)
 

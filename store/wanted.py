@@ -30,7 +30,7 @@ from .errors import BadInput
 from .incoming import ChunkMismatch, Finished, Incoming, Kept
 from .object_table import ObjectRef, ObjectTable
 from .objects import INLINE_LIMIT
-from .records import NewObject, head_of
+from .records import head_of
 
 if TYPE_CHECKING:
     from .receiving import Receiver
@@ -73,7 +73,7 @@ class Wanted:
     ----------
     digests : sequence of bytes
         Their digests, made when they are looked at.
-    on_whole : callable
+    on_whole : callable or None
         Hears of each object that is whole, by its digest, in any thread.
     """
 
@@ -82,7 +82,7 @@ class Wanted:
         self._table = table
         self._indices = indices
         self.digests: Sequence[bytes] = _Digests(self)
-        self.on_whole: Callable[[bytes], None] = lambda digest: None
+        self.on_whole: Callable[[bytes], None] | None = None
         self._states = bytearray([_READY if size <= CHUNK_SIZE else _IDLE for size in self.sizes()])
         self._begun: frozenset[bytes] = frozenset()
         self._lists: dict[int, bytes] = {}  # of those prepared and not begun
@@ -316,21 +316,20 @@ class Wanted:
         """
         outcomes: list[Kept] = []
         kept: list[int] = []
-        objects: list[tuple[NewObject, bytes]] = []
+        objects: list[tuple[bytes, bytes]] = []
         for index, view in parts:
-            if index in self._open:  # somebody received it by itself before us
+            if self._open and index in self._open:  # somebody received it by itself before us
                 outcomes.append(self.write_chunk(index, 0, view))
                 continue
-            digest, size_bytes, _ = self.ref(index)
-            if len(view) != size_bytes or digest_of(view) != digest:
+            data, digest = bytes(view), self.digest(index)
+            if len(data) != self.size_bytes(index) or digest_of(data) != digest:
                 outcomes.append(Kept.WRONG)
             elif not self._claim(index):
                 outcomes.append(Kept.KNOWN)
             else:
                 outcomes.append(Kept.NEW)
                 kept.append(index)
-                new = NewObject(digest, size_bytes, b"", head_of(digest, b""))
-                objects.append((new, bytes(view)))
+                objects.append((digest, data))
         if objects:
             self._receiver.keep_small(objects, self, lambda error: self._end(kept, error))
         return outcomes
@@ -363,7 +362,7 @@ class Wanted:
             self._error = self._error or error
             if not self._left or self._error is not None:
                 self._changed.notify_all()
-        if error is None:
+        if error is None and self.on_whole is not None:
             for index in indices:
                 self.on_whole(self.digest(index))
 

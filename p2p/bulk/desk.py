@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from tensorswarm.store.errors import LocalError
 
 from ..limits.rates import RateLimiter
-from ..swarm.source import Failure, Outcome, Report, Request, Sink, SmallOutcome
+from ..swarm.source import Failure, Outcome, Report, Request, Sink, SmallBatch
 from .dial import Abortable
 from .ranges import Range, Together, asks_of
 
@@ -170,10 +170,10 @@ class Desk:
         if not self.stopped:
             self._report.progress(self._source, job.request.request_id, byte_count)
 
-    def small(self, job: Job, outcomes: Sequence[SmallOutcome]) -> None:
+    def small(self, job: Job, batch: SmallBatch) -> None:
         """Report what became of small objects."""
         if not self.stopped:
-            self._report.small(self._source, job.request.request_id, outcomes)
+            self._report.small(self._source, job.request.request_id, batch)
 
     def chunk(
         self, job: Job, object_index: int, chunk: int, outcome: Outcome, byte_count: int

@@ -36,7 +36,7 @@ from tensorswarm.store.digest import CHUNK_SIZE, chunk_length
 from tensorswarm.store.errors import HashMismatch, LocalError, RemoteError
 
 from ..limits.rates import RateLimiter
-from ..swarm.source import Failure, Outcome, Report, Request, Sink, SmallOutcome
+from ..swarm.source import Failure, Outcome, Report, Request, Sink, SmallBatch
 from .client import (
     STALL_TIMEOUT_S,
     BulkConnection,
@@ -387,13 +387,7 @@ class _Worker:
             parts.append((asked.object_indices[i], data[start:stop]))
             start = stop
         outcomes = self._desk.sink.write_small(parts)
-        self._desk.small(
-            job,
-            [
-                SmallOutcome(index, outcome, len(part))
-                for (index, part), outcome in zip(parts, outcomes, strict=True)
-            ],
-        )
+        self._desk.small(job, SmallBatch.of(parts, outcomes))
         if Outcome.REFUSED in outcomes:
             index, _ = parts[outcomes.index(Outcome.REFUSED)]
             digest, _ = self._desk.sink.wanted(index)

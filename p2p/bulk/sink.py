@@ -14,7 +14,7 @@ from tensorswarm.store.errors import TensorswarmError
 from tensorswarm.store.incoming import Kept
 from tensorswarm.store.wanted import Wanted
 
-from ..swarm.source import Failure, Outcome, SmallOutcome, WantedObject
+from ..swarm.source import Failure, Outcome, SmallBatch, WantedObject
 
 WAKE_INTERVAL_S = 0.02
 """How long news that need no decision may wait. Waking the task for each chunk costs
@@ -93,7 +93,7 @@ class SmallCame(NamedTuple):
 
     source: str
     request_id: int
-    outcomes: Sequence[SmallOutcome]
+    batch: SmallBatch
 
 
 class RequestDone(NamedTuple):
@@ -176,11 +176,11 @@ class EventQueue:
         event = ChunkCame(source, request_id, object_index, chunk, outcome, byte_count)
         self._put(event, urgent=outcome is Outcome.REFUSED)
 
-    def small(self, source: str, request_id: int, outcomes: Sequence[SmallOutcome]) -> None:
+    def small(self, source: str, request_id: int, batch: SmallBatch) -> None:
         """Note what became of small objects that came together."""
         self._put(
-            SmallCame(source, request_id, outcomes),
-            urgent=any(each.outcome is Outcome.REFUSED for each in outcomes),
+            SmallCame(source, request_id, batch),
+            urgent=any(each.outcome is Outcome.REFUSED for each in batch.others),
         )
 
     def done(self, source: str, request_id: int) -> None:

@@ -94,6 +94,10 @@ class Neighbours:
         """Return the neighbours that want to hear news of an object or a model."""
         return [peer_id for peer_id, each in self._table.items() if digest in each.interests]
 
+    def somebody_listens(self) -> bool:
+        """Tell whether any neighbour wants to hear news of anything."""
+        return any(each.interests for each in self._table.values())
+
     def is_neighbour(self, peer_id: str) -> bool:
         """Tell whether a peer has said hello and is still here (any thread may ask)."""
         return peer_id in self._table

@@ -160,12 +160,9 @@ class ChunkMap:
             raise BadInput(f"object {object_index} has no chunk {chunk}")
         return self._first[object_index] + chunk
 
-    def place_of_small(self, object_index: int) -> tuple[int, int]:
-        """Return position and size of an object of one chunk; `BadInput` for any other."""
-        size = self._size_of(object_index)
-        if not 0 < size <= CHUNK_SIZE:
-            raise BadInput(f"object {object_index} is not of one chunk")
-        return self._first[object_index], size
+    def size_of_chunk(self, object_index: int, chunk: int) -> int:
+        """Return the bytes of a chunk."""
+        return min(CHUNK_SIZE, self._sizes[object_index] - chunk * CHUNK_SIZE)
 
     def locate(self, position: int) -> tuple[int, int]:
         """Return object index and chunk number at a position."""
@@ -287,25 +284,48 @@ class ChunkMap:
         if not self.unready[block]:
             del self.unready[block]
 
-    def prove(self, position: int, size: int | None = None) -> bool:
-        """Note a chunk as proved; return whether it was missing until now.
-
-        Its size may be given if it is known.
-        """
+    def prove(self, position: int, size: int) -> bool:
+        """Note a chunk of `size` bytes as proved; return whether it was missing until now."""
         block, bit = position // BLOCK_CHUNKS, 1 << position % BLOCK_CHUNKS
         if self.proved[block] & bit:
             return False
-        if size is None:
-            size = self.size_at(position)
         self.proved[block] |= bit
         self.missing_chunks -= 1
         self.missing_bytes -= size
         if self.free[block] & bit:
             self.take(block, bit, size)
-        elif self.unready.get(block, 0) & bit:
+        elif self.unready and self.unready.get(block, 0) & bit:
             self._end_unready(block, bit)
             self.free_bytes -= size
         return True
+
+    def prove_small(self, object_indices: Iterable[int]) -> tuple[dict[int, int], dict[int, int]]:
+        """Note objects of one chunk each as proved.
+
+        Returns
+        -------
+        proved : dict of int to int
+            Position and bytes of those that were missing until now.
+        known : dict of int to int
+            Index and bytes of the others.
+
+        Raises
+        ------
+        BadInput
+            An object is not of one chunk.
+        """
+        proved: dict[int, int] = {}
+        known: dict[int, int] = {}
+        first, sizes, count, prove = self._first, self._sizes, len(self._sizes), self.prove
+        for object_index in object_indices:
+            if not 0 <= object_index < count or not 0 < (size := sizes[object_index]) <= CHUNK_SIZE:
+                raise BadInput(f"object {object_index} is not of one chunk")
+            position = first[object_index]
+            if prove(position, size):
+                proved[position] = size
+            else:
+                known[object_index] = size
+        return proved, known
 
     # rarity
 

@@ -7,6 +7,8 @@ is covered by one request, or by two near the end of a download.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from .chunk_map import ChunkMap
 from .picker import Draft
 from .source import Request
@@ -59,16 +61,19 @@ class Flights:
         self.note_bytes(now, request.source, byte_count)
 
     def prove(
-        self, now: float, positions: list[int], giver: SourceState | None
+        self, now: float, proved: Mapping[int, int], giver: SourceState | None
     ) -> list[OpenRequest]:
-        """Note chunks as proved; return the requests that were to bring them, each once."""
+        """Note chunks as proved; return the requests that were to bring them, each once.
+
+        `proved` are their positions and sizes in bytes.
+        """
         touched: dict[OpenRequest, None] = {}
-        for position in positions:
+        for position, size in proved.items():
             for request in self.by_position.pop(position, ()):
                 del request.left[position]
                 touched[request] = None
                 if request.source is giver:
-                    request.answered_bytes += self._chunks.size_at(position)
+                    request.answered_bytes += size
                 else:
                     request.skipped[position] = None
         for request in touched:

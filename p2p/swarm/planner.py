@@ -274,6 +274,12 @@ class Planner(PlannerView):
 
     # events: answers
 
+    def unanswered(self, source: str, request_id: int) -> list[tuple[int, int]]:
+        """Return the chunks, as object and number, that a request has still to bring."""
+        state = self._sources.get(source)
+        request = state.requests.get(request_id) if state is not None else None
+        return [self._chunks.locate(position) for position in request.left] if request else []
+
     def progress(self, now: float, source: str, request_id: int, byte_count: int) -> None:
         """Note payload bytes that arrived for a request, not verified yet.
 
@@ -305,30 +311,27 @@ class Planner(PlannerView):
         It need not have been asked for: an origin that ignores Range sends all of a file.
         """
         position = self._chunks.position(object_index, chunk)
-        if self._chunks.prove(position):
-            self._note_proved(now, source, [position], byte_count)
+        size = self._chunks.size_of_chunk(object_index, chunk)
+        if self._chunks.prove(position, size):
+            self._note_proved(now, source, {position: size}, byte_count)
         else:
             self.chunk_duplicate(now, source, object_index, chunk, byte_count)
 
     def small_proved(self, now: float, source: str, object_indices: Sequence[int]) -> None:
         """Note objects of one chunk each that came together; as `chunk_proved` for each."""
-        proved: dict[int, int] = {}
-        for object_index in object_indices:
-            position, size = self._chunks.place_of_small(object_index)
-            if self._chunks.prove(position, size):
-                proved[position] = size
-            else:
-                self.chunk_duplicate(now, source, object_index, 0, size)
-        self._note_proved(now, source, list(proved), sum(proved.values()))
+        proved, known = self._chunks.prove_small(object_indices)
+        for object_index, size in known.items():
+            self.chunk_duplicate(now, source, object_index, 0, size)
+        self._note_proved(now, source, proved, sum(proved.values()))
 
     def _note_proved(
-        self, now: float, source: str | None, positions: list[int], byte_count: int
+        self, now: float, source: str | None, proved: Mapping[int, int], byte_count: int
     ) -> None:
         self._proved_bytes += byte_count
         record, state = self._table.who(source)
         if record is not None:
             record.proved_bytes += byte_count
-        requests = self._flights.prove(now, positions, state)
+        requests = self._flights.prove(now, proved, state)
         self._crowd.proved(now, None if record is None else record.kind, byte_count)
         if state is not None:
             state.empty_answers = 0

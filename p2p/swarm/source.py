@@ -118,6 +118,40 @@ class SmallOutcome(NamedTuple):
     byte_count: int
 
 
+class SmallBatch(NamedTuple):
+    """What became of objects of one chunk each that came together.
+
+    Attributes
+    ----------
+    proved : sequence of int
+        Those that were right and new, by object index.
+    proved_bytes : int
+        Their bytes.
+    others : sequence of SmallOutcome
+        The others.
+    """
+
+    proved: Sequence[int]
+    proved_bytes: int
+    others: Sequence[SmallOutcome]
+
+    @classmethod
+    def of(cls, parts: Sequence[tuple[int, memoryview]], outcomes: Sequence[Outcome]) -> SmallBatch:
+        """Sort objects, with what came for each, by their outcome."""
+        if all(outcome is Outcome.PROVED for outcome in outcomes):
+            return cls([index for index, _ in parts], sum(len(data) for _, data in parts), ())
+        each = [
+            SmallOutcome(index, outcome, len(data))
+            for (index, data), outcome in zip(parts, outcomes, strict=True)
+        ]
+        right = [one for one in each if one.outcome is Outcome.PROVED]
+        return cls(
+            [one.object_index for one in right],
+            sum(one.byte_count for one in right),
+            [one for one in each if one.outcome is not Outcome.PROVED],
+        )
+
+
 class Report(Protocol):
     """Who hears of the work. Thread-safe: called from the workers' threads."""
 
@@ -140,7 +174,7 @@ class Report(Protocol):
         """Note what became of a whole chunk."""
         ...
 
-    def small(self, source: str, request_id: int, outcomes: Sequence[SmallOutcome]) -> None:
+    def small(self, source: str, request_id: int, batch: SmallBatch) -> None:
         """Note what became of objects of one chunk each that came together."""
         ...
 

@@ -21,7 +21,7 @@ from libp2p.crypto.ed25519 import create_new_key_pair
 
 from tensorswarm.p2p.bulk.server import BulkServer
 from tensorswarm.p2p.bulk.tls import BulkIdentity
-from tensorswarm.p2p.swarm.source import Failure, Outcome, SmallOutcome, WantedObject
+from tensorswarm.p2p.swarm.source import Failure, Outcome, SmallBatch, WantedObject
 from tensorswarm.store.digest import CHUNK_SIZE, chunk_count, digest_of, split_chunk_list
 from tensorswarm.store.digest import chunk_list_of as list_of
 
@@ -155,8 +155,12 @@ class RecordingReport:
     ) -> None:
         self._note(self.chunks, (request_id, object_index, chunk, outcome, byte_count))
 
-    def small(self, source: str, request_id: int, outcomes: Sequence[SmallOutcome]) -> None:
-        for index, outcome, byte_count in outcomes:
+    def small(self, source: str, request_id: int, batch: SmallBatch) -> None:
+        """Note objects that came together; those that were right with their mean size."""
+        for index in batch.proved:
+            byte_count = batch.proved_bytes // len(batch.proved)
+            self._note(self.chunks, (request_id, index, 0, Outcome.PROVED, byte_count))
+        for index, outcome, byte_count in batch.others:
             self._note(self.chunks, (request_id, index, 0, outcome, byte_count))
 
     def done(self, source: str, request_id: int) -> None:

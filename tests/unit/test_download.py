@@ -97,6 +97,9 @@ class FakeNeighbours:
     def is_neighbour(self, peer_id: str) -> bool:
         return True
 
+    def somebody_listens(self) -> bool:
+        return True
+
 
 @contextmanager
 def serving(store: Store) -> Iterator[tuple[BulkServer, list[bytes]]]:
