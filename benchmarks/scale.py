@@ -173,7 +173,7 @@ class _MadeUpPeer:
     def somebody_listens(self) -> bool:
         return False
 
-    async def tell(self, entries: object) -> None:
+    def tell(self, entries: object) -> None:
         """Nobody listens."""
 
     async def close(self) -> None:
