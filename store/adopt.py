@@ -18,6 +18,7 @@ that have to be decoded or put together.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -48,7 +49,7 @@ _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 
 
 class Candidate(NamedTuple):
-    """A model found: a name for people, and its files and folders."""
+    """A model found: a name for people, and its files and folders; none if it is damaged."""
 
     name: str
     paths: list[Path]
@@ -102,11 +103,20 @@ def find_models(folder: Path) -> Iterator[Candidate]:
     Raises
     ------
     BadInput
-        It is no folder, or holds too many models.
+        It is no folder, cannot be read, or holds too many models.
     """
     if not folder.is_dir():
         raise BadInput(f"{folder}: not a folder; `tensorswarm add --no-copy` takes files")
-    for count, candidate in enumerate(_find(folder)):
+    found = _find(folder)
+    for count in itertools.count():
+        try:
+            candidate = next(found, None)
+        except OSError as error:
+            raise BadInput(
+                f"{error.filename or folder}: cannot be read: {error.strerror}"
+            ) from error
+        if candidate is None:
+            return
         if count >= MAX_MODELS:
             raise BadInput(f"{folder}: more than {MAX_MODELS} models")
         yield candidate
@@ -148,7 +158,7 @@ def _ollama(base: Path) -> Iterator[Candidate]:
         name = f"{'/'.join(parts[1:-1]).removeprefix('library/')}:{parts[-1]}"
         digests = _ollama_layers(path)
         blobs = [base / "blobs" / f"sha256-{digest}" for digest in digests]
-        yield Candidate(name, [path, *dict.fromkeys(blobs)])
+        yield Candidate(name, [path, *dict.fromkeys(blobs)] if blobs else [])
 
 
 def _ollama_layers(path: Path) -> list[str]:
@@ -159,13 +169,12 @@ def _ollama_layers(path: Path) -> list[str]:
         document: Any = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return []
-    entries = [document.get("config"), *(document.get("layers") or ())] if _is(document) else []
-    texts = [str(entry.get("digest")) for entry in entries if _is(entry)]
+    if not isinstance(document, dict):
+        return []
+    layers = document.get("layers")
+    entries = [document.get("config"), *(layers if isinstance(layers, list) else ())]
+    texts = [str(entry.get("digest")) for entry in entries if isinstance(entry, dict)]
     return [match[1] for match in map(_DIGEST.fullmatch, texts) if match]
-
-
-def _is(value: object) -> bool:
-    return isinstance(value, dict)
 
 
 def _tree(folder: Path) -> Iterator[Candidate]:
@@ -219,6 +228,9 @@ def adopt(
 
 def _adopt_one(store: Store, candidate: Candidate, result: Adopted, progress: Progress) -> None:
     name, paths = candidate
+    if not paths:
+        result.refused.append((name, "its manifest is damaged: it names no layers"))
+        return
     try:
         known = _known(store, candidate)
         if known is not None:
@@ -242,7 +254,12 @@ def _known(store: Store, candidate: Candidate) -> Manifest | None:
     Objects in files that changed count as absent, so it is enough that none is missing
     and that the files are the same by name and size.
     """
-    sizes = {name: path.stat().st_size for path, name in files_under(candidate.paths)}
+    sizes = {}
+    for path, name in files_under(candidate.paths):
+        try:
+            sizes[name] = path.stat().st_size
+        except OSError as error:  # a link to a file that is gone, or one that goes right now
+            raise BadInput(f"{path}: cannot be read: {error.strerror}") from error
     for record in store.models():
         if record.name != candidate.name:
             continue

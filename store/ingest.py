@@ -27,6 +27,7 @@ from .adding import Adding, Progress
 from .digest import EMPTY_DIGEST, digest_of
 from .errors import BadInput, LocalError
 from .formats import layouts_of
+from .formats.companions import companions
 from .formats.layout import Content, Extent, Layout, Made, absolute
 from .hashing import RangeHasher, hash_range
 from .manifest import MAX_FILES, Manifest, ManifestBuilder, ObjectRef, RecipeSpec
@@ -180,6 +181,24 @@ def sources_of(found: Sequence[tuple[Path, str]], verbatim: Sequence[str] = ()) 
     return [Source(path, name, states[name], layouts[name]) for path, name in found]
 
 
+def _lacking(source: Source, sources: Sequence[Source]) -> str:
+    """Return what to say of a file that names others, if some of them were not added."""
+    try:
+        with _opened(source.path) as descriptor:
+            named = companions(
+                source.name,
+                source.state.size_bytes,
+                lambda offset, length: os.pread(descriptor, length, offset),
+            )
+    except (OSError, BadInput):
+        return ""  # what it names is of no use, or it is gone by now: it is kept as it was read
+    lacking = sorted(set(named) - {each.name for each in sources})
+    if not lacking:
+        return ""
+    more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+    return f"names {quoted(lacking[0])}{more}, not added with it: those tensors are left out"
+
+
 def _state_of(path: Path) -> FileState:
     with _opened(path) as descriptor:
         return FileState.of(os.fstat(descriptor))
@@ -238,8 +257,9 @@ def add_paths(
         for _ in range(MAX_ROUNDS):
             manifest = Describing(sources, adding, store.place.temporary().parent).manifest()
             if adding.complete(manifest, name or model_name(paths)):
-                notes = (f"{_shown(s.path)}: {s.layout.note}" for s in sources if s.layout.note)
-                return Ingested(manifest, adding.new_bytes, tuple(notes))
+                notes = ((s.path, s.layout.note or _lacking(s, sources)) for s in sources)
+                shown = (f"{_shown(path)}: {note}" for path, note in notes if note)
+                return Ingested(manifest, adding.new_bytes, tuple(shown))
             adding.begin_anew()
         raise LocalError("the model's tensors are removed from the store while it is added")
     except BaseException:

@@ -141,6 +141,32 @@ def test_ollama_store(tmp_path: Path) -> None:
         assert len(model.manifest.files) == 4
 
 
+def test_snapshot_with_a_link_to_nothing(cache: Path, tmp_path: Path) -> None:
+    folder = cache / "models--org--model-3" / "snapshots" / f"{3:040x}"
+    (folder / "model.safetensors").resolve().unlink()
+    with Store(tmp_path / "store") as store:
+        for _ in range(2):
+            result = adopt(store, [cache])
+            assert [name for name, _ in result.refused] == ["org/model-3@000000000000"]
+            assert "model.safetensors: cannot be read: No such file" in result.refused[0][1]
+            assert len(result.models) + len(result.known) == 49
+
+
+@pytest.mark.parametrize(
+    "text", ["[[[", "5", "{}", '{"layers": 7}', '{"layers": [{"digest": "x"}]}']
+)
+def test_damaged_ollama_manifest(text: str, tmp_path: Path) -> None:
+    base = tmp_path / "models"
+    (base / "blobs").mkdir(parents=True)
+    manifest = base / "manifests" / "registry.ollama.ai" / "library" / "bad" / "latest"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text(text)
+    with Store(tmp_path / "store") as store:
+        assert adopt(store, [base]).refused == [
+            ("bad:latest", "its manifest is damaged: it names no layers")
+        ]
+
+
 def test_folder_tree(tmp_path: Path) -> None:
     for name in ("one", "deep/two"):
         write_safetensors(tmp_path / "tree" / name / "m.safetensors", {"a": ("U8", [3], b"abc")})

@@ -29,7 +29,7 @@ from tensorswarm.store.ingest import add_paths
 from tensorswarm.store.load import load_tensors
 from tensorswarm.store.manifest import Manifest
 from tensorswarm.store.store import Store
-from tests.support.format_files import import_torch, onnx_model, write_tfjs
+from tests.support.format_files import import_torch, onnx_model, write_sharded, write_tfjs
 from tests.support.tools import require_module
 
 Array = NDArray[Any]
@@ -344,6 +344,25 @@ def write_raw_member(path: Path, name: str, packed: bytes, size: int, crc: int) 
     path.write_bytes(local + packed + entry + end)
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
+
+
+# ---- files that name others
+
+
+def test_what_is_not_there_is_said(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_sharded(folder, {"a": some(3), "b": some(4), "c": some(5)})
+    with Store(tmp_path / "store") as store:
+        assert add_paths(store, [folder]).notes == ()
+        (folder / "model-00002-of-00003.safetensors").unlink()
+        (note,) = add_paths(store, [folder]).notes
+        assert "names 'model-00002-of-00003.safetensors', not added with it" in note
+        (folder / "model-00003-of-00003.safetensors").unlink()
+        (note,) = add_paths(store, [folder]).notes
+        assert "and 1 more" in note
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x"}}')
+        assert add_paths(store, [folder]).notes == ()
 
 
 # ---- ONNX
