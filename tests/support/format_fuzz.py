@@ -110,6 +110,9 @@ def seed_npz() -> list[Files]:
         buffer = io.BytesIO()
         save(buffer, a=np.zeros((2, 3), "<f4"), b=np.arange(9, dtype="i8"))  # type: ignore[operator]
         seeds.append({"a.npz": buffer.getvalue()})
+    turned = io.BytesIO()
+    np.savez_compressed(turned, f=np.asfortranarray(np.ones((2, 3), ">f4")))
+    seeds.append({"a.npz": turned.getvalue()})
     return seeds
 
 
