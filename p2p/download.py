@@ -17,13 +17,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import trio
 
-from tensorswarm.store.errors import (
-    HashMismatch,
-    NoSource,
-    NotFound,
-    Refused,
-    TensorswarmError,
-)
+from tensorswarm.store import bitmap
+from tensorswarm.store.digest import chunk_count
 from tensorswarm.store.wanted import Wanted
 
 from .bulk.sink import (
@@ -37,7 +32,7 @@ from .bulk.sink import (
 )
 from .control import wire
 from .control.neighbours import Neighbours
-from .download_sources import KnownSource, OriginSpec
+from .download_sources import KnownSource, OriginSpec, why_stuck
 from .holdings import Holdings, set_bits
 from .limits.rates import RateLimiter
 from .news import News
@@ -46,11 +41,9 @@ from .origins.source import OriginSource
 from .results import SourceReport
 from .roster import Roster
 from .routes import Distance, Routes, Via
-from .swarm.planner import Ask, Cancel, Drop, Planner, PlannerLimits, SourceKind
+from .swarm.planner import Ask, Cancel, Drop, PassOn, Planner, PlannerLimits, SourceKind
 from .swarm.source import Failure, Outcome, SmallBatch
-
-RETRY_BACKOFF_S = (1.0, 3.0, 10.0)
-"""Pauses before a source that failed for a passing reason is tried again."""
+from .uploads import Uploads
 
 TELL_INTERVAL_S = 0.5
 """How often neighbours hear of newly proved chunks."""
@@ -102,6 +95,8 @@ class Download:
         shares the origins' bytes; without a key or an origin it shares with nobody.
     near_first : bool, optional
         Whether the origins are spared for the sake of peers, and far peers for near ones.
+    uploads : Uploads, optional
+        Offers what we have to those with whom we share.
     """
 
     def __init__(
@@ -117,7 +112,9 @@ class Download:
         limiter: RateLimiter | None = None,
         swarm_key: bytes = b"",
         near_first: bool = False,
+        uploads: Uploads | None = None,
     ) -> None:
+        self._uploads = uploads
         self._wanted = wanted
         self._neighbours = neighbours
         self._routes = routes
@@ -144,6 +141,7 @@ class Download:
         self._swarm_key = swarm_key
         self._roster = Roster()
         self._roster_at = 0.0
+        self._offers_uploads = False
         self._portion_due = trio.Event()
         self._portion_at = 0.0
         self._moved_at = trio.current_time()
@@ -156,6 +154,7 @@ class Download:
     def open(self) -> None:
         """Begin to listen to neighbours and to connect to sources; nothing is asked yet."""
         self._neighbours.have_listeners.append(self._on_have)
+        self._neighbours.offer_listeners.append(self._on_offer)
         for origin in self._origins:
             self._start_origin(origin)
 
@@ -163,6 +162,9 @@ class Download:
         """Let go of every source."""
         if self._on_have in self._neighbours.have_listeners:
             self._neighbours.have_listeners.remove(self._on_have)
+            self._neighbours.offer_listeners.remove(self._on_offer)
+            if self._uploads is not None:
+                self._uploads.leave(self._swarm_key)
         for source in self._sources.values():
             if source.worker is not None:
                 source.worker.close()
@@ -231,6 +233,10 @@ class Download:
         if self._roster.update(now, wanting, failed):
             members = self._roster.members
             self._planner.set_members(now, self._swarm_key, self._neighbours.me, members)
+            if members and self._uploads is not None and not self._offers_uploads:
+                self._offers_uploads = True
+                known = {name: dict(each.holds.items()) for name, each in self._sources.items()}
+                self._uploads.open(self._swarm_key, self._wanted, known)
 
     async def _settle(self) -> None:
         """Wait until the whole objects are verified and in the index."""
@@ -275,10 +281,11 @@ class Download:
             self._moved_at = now
             self._planner.chunk_proved(now, source, index, chunk, byte_count)
             self._roster.proved()
+            self._offer(index, chunk)
             self._news.note([index])
             giver = self._sources.get(source)
             if giver is not None:
-                giver.dropped = False  # it was given up and came back, and gives again
+                giver.came_back()
             self._on_progress(byte_count)
         elif outcome is Outcome.DUPLICATE:
             self._planner.chunk_duplicate(now, source, index, chunk, byte_count)
@@ -287,6 +294,11 @@ class Download:
             self._planner.chunk_refused(now, source, index, chunk)
             self._refused[source] = index
 
+    def _offer(self, index: int, chunk: int) -> None:
+        """Let others have what has just been proved."""
+        if self._offers_uploads and self._uploads is not None:
+            self._uploads.proved(self._swarm_key, index, chunk)
+
     def _take_small(self, now: float, source: str, batch: SmallBatch) -> None:
         for index, outcome, byte_count in batch.others:
             self._take_chunk(now, source, index, 0, outcome, byte_count)
@@ -294,10 +306,13 @@ class Download:
             return
         self._moved_at = now
         self._planner.small_proved(now, source, batch.proved)
+        self._roster.proved()  # one answer, however many there are in it
+        for index in batch.proved:
+            self._offer(index, 0)
         self._news.note(batch.proved)
         giver = self._sources.get(source)
         if giver is not None:
-            giver.dropped = False
+            giver.came_back()
         self._on_progress(batch.proved_bytes)
 
     def _act(self, now: float, action: object) -> None:
@@ -312,6 +327,10 @@ class Download:
                     source.worker.cancel(request_id)
             case Drop(source=name, failure=failure, detail=detail):
                 self._give_up(now, name, failure, detail)
+            case PassOn(source=name, object_index=index):
+                neighbour = self._neighbours.get(name)
+                if neighbour is not None:
+                    neighbour.notify(wire.Pass(self._wanted.digest(index)))
 
     # ---- getting ready
 
@@ -439,6 +458,22 @@ class Download:
             self._restart(now, peer_id, source)
         self._events.wake()
 
+    def _on_offer(self, peer_id: str, message: wire.Offer | wire.Pass) -> None:
+        """Hear that a neighbour has an upload to spare; who offers a chunk has it."""
+        if not isinstance(message, wire.Offer):
+            return  # for our own uploads
+        index, source = self._wanted.find(message.digest), self._sources.get(peer_id)
+        if index < 0 or source is None or source.worker is None or index not in source.holds:
+            return
+        if message.chunk >= chunk_count(self._wanted.size_bytes(index)):
+            return
+        now = trio.current_time()
+        bits = bytearray(message.chunk // 8 + 1)
+        bitmap.set_bit(bits, message.chunk)
+        self._planner.source_holds(now, peer_id, index, bytes(bits))
+        self._planner.source_offers(now, peer_id, index, message.chunk)
+        self._events.wake()
+
     def _is_of_use(self, entry: wire.HaveEntry, index: int) -> bool:
         """Tell whether what a neighbour holds of an object can be what we want of it."""
         if entry.size_bytes != self._wanted.size_bytes(index):
@@ -479,12 +514,7 @@ class Download:
             return
         source.worker.close()
         source.worker = None
-        source.dropped = True
-        source.failure = failure
-        source.reason = detail or failure.value
-        if not source.banned and source.failures < len(RETRY_BACKOFF_S):
-            source.retry_at = now + RETRY_BACKOFF_S[source.failures]
-        source.failures += 1
+        source.give_up(now, failure, detail)
 
     def _retry_sources(self, now: float) -> None:
         for name, source in self._sources.items():
@@ -512,33 +542,14 @@ class Download:
                 return
             if any(s.worker is not None for s in self._sources.values()) and not self.lacking():
                 return
-        raise self._why_stuck(waited)
+        has_looked = bool(self._neighbours.all()) and self.search_is_over
+        raise why_stuck(self._sources, self._planner.missing_bytes, waited, has_looked=has_looked)
 
     def _has_work(self, now: float) -> bool:
         """Tell whether something is in flight or a source will be tried again."""
         if self._planner.next_deadline(now) is not None:
             return True
-        return any(source.retry_at is not None for source in self._sources.values())
-
-    def _why_stuck(self, waited_s: float) -> TensorswarmError:
-        missing = self._planner.missing_bytes
-        liars = [n for n, s in self._sources.items() if s.failure is Failure.BAD_BYTES]
-        tail = f"; {missing} bytes are missing"
-        if liars:
-            names = ", ".join(display_url(name) for name in liars)
-            return HashMismatch(
-                f"{names} sent bytes that do not match their hash and no good source is left{tail}"
-            )
-        reasons = "; ".join(
-            f"{display_url(name)}: {s.reason}" for name, s in self._sources.items() if s.reason
-        )
-        if any(s.failure is Failure.REFUSED_ACCESS for s in self._sources.values()):
-            return Refused(f"who has it refused us access: {reasons}{tail}")
-        if self._neighbours.all() and self.search_is_over:
-            return NotFound(
-                f"no source that can be reached has all of it{tail}. {reasons}".rstrip()
-            )
-        return NoSource(f"no source gave anything for {waited_s:.0f} s{tail}. {reasons}".rstrip())
+        return any(source.is_hoped_for for source in self._sources.values())
 
     # ---- news for others, and the account
 

@@ -5,13 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from tensorswarm.store.errors import (
+    HashMismatch,
+    NoSource,
+    NotFound,
+    Refused,
+    TensorswarmError,
+)
+
 from .holdings import Holdings
-from .origins.origin import Place
+from .origins.origin import Place, display_url
 from .routes import Via
 from .swarm.planner import SourceKind
 from .swarm.source import Failure, SourceWorker
 
 PASSING = frozenset({Failure.STALLED, Failure.CLOSED, Failure.UNREACHABLE})
+
+
+RETRY_PAUSES_S = (1.0, 3.0, 10.0, 20.0, 40.0, 60.0)
+"""Pauses before a source that failed for a passing reason is tried again; then the last one
+repeats."""
+
+HOPEFUL_FAILURES = 3
+"""After so many failures in a row a download does not wait for a source that is all it has
+left, though the source may still come back while others give."""
 
 
 @dataclass
@@ -51,3 +68,47 @@ class KnownSource:
     def banned(self) -> bool:
         """Whether it is never asked again in this download."""
         return self.dropped and self.failure not in PASSING
+
+    @property
+    def is_hoped_for(self) -> bool:
+        """Whether it is to be tried again, and likely to give something then."""
+        return self.retry_at is not None and self.failures <= HOPEFUL_FAILURES
+
+    def give_up(self, now: float, failure: Failure, detail: str) -> None:
+        """Note that it failed as a whole, and when to try it again if ever."""
+        self.dropped = True
+        self.failure = failure
+        self.reason = detail or failure.value
+        if not self.banned:
+            pause_s = RETRY_PAUSES_S[min(self.failures, len(RETRY_PAUSES_S) - 1)]
+            self.retry_at = now + pause_s
+        self.failures += 1
+
+    def came_back(self) -> None:
+        """Note that it gives again, though it was given up perhaps."""
+        self.dropped = False
+        self.failures = 0
+
+
+def why_stuck(
+    sources: Mapping[str, KnownSource], missing_bytes: int, waited_s: float, *, has_looked: bool
+) -> TensorswarmError:
+    """Return the error with which a download ends that gets nothing any more.
+
+    `has_looked` says that neighbours were asked, and that the search for others is over.
+    """
+    tail = f"; {missing_bytes} bytes are missing"
+    liars = [name for name, each in sources.items() if each.failure is Failure.BAD_BYTES]
+    if liars:
+        names = ", ".join(display_url(name) for name in liars)
+        return HashMismatch(
+            f"{names} sent bytes that do not match their hash and no good source is left{tail}"
+        )
+    reasons = "; ".join(
+        f"{display_url(name)}: {each.reason}" for name, each in sources.items() if each.reason
+    )
+    if any(each.failure is Failure.REFUSED_ACCESS for each in sources.values()):
+        return Refused(f"who has it refused us access: {reasons}{tail}")
+    if has_looked:
+        return NotFound(f"no source that can be reached has all of it{tail}. {reasons}".rstrip())
+    return NoSource(f"no source gave anything for {waited_s:.0f} s{tail}. {reasons}".rstrip())

@@ -326,6 +326,7 @@ class Fetch:
             limiter=services.download_limiter,
             swarm_key=result.digest,
             near_first=self._options.near_first,
+            uploads=services.uploads,
         )
 
     async def _run(

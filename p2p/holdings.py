@@ -63,6 +63,12 @@ class Holdings:
         """Yield the objects that it holds whole, in order."""
         return set_bits(self._whole)
 
+    def items(self) -> Iterator[tuple[int, bytes | None]]:
+        """Yield what it holds: the object, and the bitmap of its chunks or None for all."""
+        yield from self.parts.items()
+        for index in self.whole():
+            yield index, None
+
 
 def set_bits(bits: bytes | bytearray) -> Iterator[int]:
     """Yield the positions of the bits that are set, in order."""

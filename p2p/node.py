@@ -49,6 +49,7 @@ from .reach.relay_server import RelayServer
 from .results import FetchResult
 from .routes import Routes, bulk_candidates, bulk_told
 from .services import Services
+from .uploads import OFFERS, Uploads
 
 DEFAULT_LISTEN = "/ip4/0.0.0.0/tcp/0"
 """Every IPv4 interface, any free port."""
@@ -196,6 +197,7 @@ class Node:
         self.access = await trio.to_thread.run_sync(Access, self.store)
         answers = Answers(self.store, self.access)
         self.neighbours = Neighbours(self._host, answers, self._hello)
+        self._uploads = Uploads(self.neighbours, self.access.may_have, self._rng)
         self._start_bulk_plane()
         self.reach = Reach(
             self._host, RelayClient(self._host), self._via, on_change=self._addresses_changed
@@ -214,6 +216,7 @@ class Node:
         stack.callback(self._nursery.cancel_scope.cancel)
         await self._nursery.start(self.discovery.run)
         await self._nursery.start(self.neighbours.run)
+        await self._nursery.start(self._uploads.run)
         await self._start_tasks(file)
         if lock is not None and self._server:
             write_state(self.store.place, self._state())
@@ -231,6 +234,7 @@ class Node:
             read_small=self.store.read_small,
             may_have=self.access.may_have,
             limiter=self.upload_limiter,
+            gate=self._uploads,
         )
         if self.download_limiter is not None:
             self._stack.callback(self.download_limiter.close)
@@ -292,7 +296,9 @@ class Node:
         _, port = self._bulk.address
         addrs = self._host.addrs()[: wire_limits.MAX_HELLO_ADDRS]
         bulk = self._bulk_announce or bulk_told(self._host.advertised_addrs(), port)
-        return wire.Hello(wire_limits.PROTOCOL_VERSION, f"tensorswarm/{VERSION}", bulk, addrs, ())
+        return wire.Hello(
+            wire_limits.PROTOCOL_VERSION, f"tensorswarm/{VERSION}", bulk, addrs, (OFFERS,)
+        )
 
     # ---- what others on this machine may know
 
@@ -391,6 +397,7 @@ class Node:
             self._bootstraps.peers,
             self._rng,
             self.download_limiter,
+            self._uploads,
         )
 
     def _bulk_addresses(self, peer_id: str) -> list[tuple[str, int]]:

@@ -13,6 +13,7 @@ from .dht.discovery import Discovery
 from .host.addresses import PeerAddress
 from .limits.rates import RateLimiter
 from .routes import Routes
+from .uploads import Uploads
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Services:
         Source of all random choices.
     download_limiter : RateLimiter or None
         Holds what is received below a rate; shared by all fetches and sources.
+    uploads : Uploads or None
+        Offers what we have to those who fetch the same.
     """
 
     store: Store
@@ -44,3 +47,4 @@ class Services:
     bootstrap: Sequence[PeerAddress]
     rng: random.Random
     download_limiter: RateLimiter | None = None
+    uploads: Uploads | None = None

@@ -99,3 +99,12 @@ class Sender:
             if not selector.select(max(0.0, self._patience.left_s)):
                 raise ProtocolError("took too little of its answer for too long")
         self._patience.note(0, time.monotonic() - begun)
+
+
+def shut_down(sock: socket.socket, how: int) -> None:
+    """Shut the TCP connection down, below TLS.
+
+    `ssl.SSLSocket.shutdown` would drop the TLS state as well, and a thread still using
+    the socket would go on in the clear.
+    """
+    socket.socket.shutdown(sock, how)

@@ -17,6 +17,7 @@ Rules
 - With a limiter, every slice waits for its peer's turn: a peer with eight connections
   gets no more than one with one. There are never more connections than the rate can
   feed; further ones are told that there is no room.
+- With a `gate`, a request waits there before it is answered, and tells of its end.
 - Answers are collected in one reused buffer and sent together as long as more
   requests are waiting, so that small objects cost neither a packet nor a system call
   each.
@@ -32,7 +33,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
@@ -44,8 +45,9 @@ from ..limits.patience import MIN_READ_BYTES_PER_S, READ_PATIENCE_S, Patience
 from ..limits.rates import FairGate, RateLimiter
 from . import clear as bulk_clear
 from . import http1
+from .gate import Gate
 from .http1_small import SmallServerExchange, read_request
-from .send import Sender
+from .send import Sender, shut_down
 from .small_objects import SmallObjects, read_each
 from .table import (
     MAX_CONNECTIONS,
@@ -139,6 +141,8 @@ class BulkServer:
         Reads many small objects at once; by default, one after the other.
     may_have : callable, optional
         Tells whether a peer may have an object; if not, it is answered as missing.
+    gate : Gate, optional
+        Where requests for parts of objects wait for their turn.
     """
 
     def __init__(
@@ -158,7 +162,9 @@ class BulkServer:
         limiter: RateLimiter | None = None,
         read_small: SmallObjects | None = None,
         may_have: Callable[[str, bytes], bool] = lambda _peer_id, _digest: True,
+        gate: Gate | None = None,
     ) -> None:
+        self._gate_of_requests = gate
         self._identity = identity
         self._open_reader = open_reader
         self._read_small = read_small or partial(read_each, open_reader)
@@ -271,6 +277,7 @@ class BulkServer:
         )
         connection.read_small = self._read_small
         connection.may_have = self._may_have
+        connection.gate = self._gate_of_requests
         if not self._table.admit(connection, time.monotonic()):
             sock.close()
             return
@@ -304,6 +311,8 @@ class _Connection:
         self.idle_since: float | None = None
         self.read_small: SmallObjects = partial(read_each, open_reader)
         self.may_have: Callable[[str, bytes], bool] = lambda _peer_id, _digest: True
+        self.gate: Gate | None = None
+        self._ticket: Hashable | None = None
         self.thread = threading.Thread(target=self._run, name=f"bulk-serve-{host}", daemon=True)
         self._raw = sock
         self._busy = False
@@ -326,7 +335,7 @@ class _Connection:
     def abort(self) -> None:
         """Cut the connection, from any thread; its own thread closes it."""
         with self._abort_lock, suppress(OSError):  # closed or cut already
-            _shutdown(self._raw, socket.SHUT_RDWR)
+            shut_down(self._raw, socket.SHUT_RDWR)
 
     def _run(self) -> None:
         failed = True
@@ -346,6 +355,7 @@ class _Connection:
         finally:
             # Counted before the peer sees the end: who waits for it finds it counted.
             self._table.dismiss(self, failed=failed and not self._table.is_closing())
+            self._end_upload()
             self._drop_reader()
             with self._abort_lock:
                 self._raw.close()
@@ -393,6 +403,7 @@ class _Connection:
         head_end = http1.find_head(self._input, self._start, self._end)
         if head_end is None:
             self._flush()
+            self._end_upload()
             times = self._times
             wait_s = times.idle_timeout_s if self.proved else times.handshake_timeout_s
             self.idle_since = time.monotonic()
@@ -438,8 +449,23 @@ class _Connection:
         elif not reader.covers(offset, length):
             self._put(exchange.refusal(http1.RANGE_NOT_SATISFIABLE))
         else:
+            self._begin_upload(exchange.request)
             self._put(exchange.partial_content(reader.size_bytes))
             self._put_body(reader, offset, length)
+
+    def _begin_upload(self, request: http1.RangeRequest) -> None:
+        """Wait at the gate, after what is collected has left: others wait for that."""
+        if self.gate is None:
+            return
+        if self._ticket is not None:
+            self._flush()
+            self._end_upload()
+        self._ticket = self.gate.ask(self._name, request.digest, request.offset)
+
+    def _end_upload(self) -> None:
+        ticket, self._ticket = self._ticket, None
+        if self.gate is not None and ticket is not None:
+            self.gate.end(ticket)
 
     def _answer_small(self, exchange: SmallServerExchange) -> None:
         body = self._next_body(exchange.body_bytes)
@@ -562,19 +588,10 @@ class _Connection:
         deadline = time.monotonic() + LINGER_S
         thrown_away = 0
         with suppress(OSError):  # the peer may be gone already: nothing is lost
-            _shutdown(self._socket, socket.SHUT_WR)
+            shut_down(self._socket, socket.SHUT_WR)
             while thrown_away < MAX_LINGER_BYTES and (left_s := deadline - time.monotonic()) > 0:
                 self._socket.settimeout(left_s)
                 received = self._socket.recv_into(self._input)
                 if not received:
                     return
                 thrown_away += received
-
-
-def _shutdown(sock: socket.socket, how: int) -> None:
-    """Shut the TCP connection down, below TLS.
-
-    `ssl.SSLSocket.shutdown` would drop the TLS state as well, and a thread still using
-    the socket would go on in the clear.
-    """
-    socket.socket.shutdown(sock, how)

@@ -191,25 +191,20 @@ class Planner(PlannerView):
         Bit i % 8 of byte i // 8 of `bitmap` stands for chunk i; None for the whole object.
         Spare bits and missing bytes do no harm.
         """
-        state = self._sources.get(source)
-        if state is not None:
-            self._hold(now, state, self._chunks.spread(object_index, bitmap))
+        self._hold(now, source, self._chunks.spread(object_index, bitmap))
 
     def source_holds_whole(self, now: float, source: str, object_indices: Iterable[int]) -> None:
         """Note objects that a source holds, whole; as `source_holds` for each, at once."""
-        state = self._sources.get(source)
-        if state is not None:
-            self._hold(now, state, self._chunks.spread_whole(object_indices))
+        self._hold(now, source, self._chunks.spread_whole(object_indices))
 
-    def _hold(self, now: float, state: SourceState, held: Iterable[tuple[int, int]]) -> None:
-        is_work = False
-        for block, mask in held:
-            is_work |= state.gain(self._chunks, block, mask)
-        if state.record.refused_positions:
-            state.bar_refused(self._chunks)
-        if is_work and self._crowd.heard(now):
-            self._ask_origins()
-        if is_work and not self._crowd.awaits_offer(state):
+    def _hold(self, now: float, source: str, held: Iterable[tuple[int, int]]) -> None:
+        state = self._sources.get(source)
+        if state is None:
+            return
+        gains = [state.gain(self._chunks, block, mask) for block, mask in held]
+        state.bar_refused(self._chunks)
+        if any(gains):
+            self._crowd.heard(now)
             self._make_hungry(state)
         else:
             self._stir(state)
@@ -225,11 +220,12 @@ class Planner(PlannerView):
     def source_offers(self, now: float, source: str, object_index: int, chunk: int) -> None:
         """Note that a source has an upload to spare, best for this chunk.
 
-        One that makes offers is asked without one only when none comes for long.
+        From the first offer on it is asked without one only when none comes for long.
         """
         state = self._sources.get(source)
         if state is None:
             return
+        state.makes_offers = True
         state.offered_at = now
         state.offers.append(self._chunks.position(object_index, chunk))
         del state.offers[: -self.limits.max_offers]
@@ -253,9 +249,10 @@ class Planner(PlannerView):
         self._hungry.pop(source, None)
         self._picker.settle(state, -1)
         state.uncount(self._chunks)
-        self._crowd.holder_gone()
-        if self._crowd.is_here:
-            self._ask_origins()
+        self._crowd.holders_changed()
+        for other in self._sources.values() if self._crowd.is_here else ():
+            if other.kind is SourceKind.ORIGIN:
+                self._make_hungry(other)
         for request in list(state.requests.values()):
             self._set_free(self._flights.close(now, request))
 
@@ -273,7 +270,7 @@ class Planner(PlannerView):
 
     def make_ready(self, now: float, object_indices: Iterable[int]) -> None:
         """Note objects that can be asked for from now on."""
-        self._crowd.holder_gone()
+        self._crowd.holders_changed()
         self._offer(self._chunks.make_ready(object_indices))
 
     # events: answers
@@ -336,8 +333,7 @@ class Planner(PlannerView):
         if record is not None:
             record.proved_bytes += byte_count
         requests = self._flights.prove(now, proved, state)
-        if self._crowd.proved(now, None if record is None else record.kind, byte_count):
-            self._ask_origins()
+        self._crowd.proved(now, None if record is None else record.kind, byte_count)
         if state is not None:
             state.empty_answers = 0
             if all(request.source is not state for request in requests):
@@ -453,8 +449,8 @@ class Planner(PlannerView):
             self._chunks.put_back(position)
             block, offset = divmod(position, BLOCK_CHUNKS)
             returned[block] = returned.get(block, 0) | 1 << offset
-        for block in returned:
-            self._crowd.set_free(block)
+        if positions:
+            self._crowd.holders_changed()
         self._offer(returned.items())
 
     def _offer(self, blocks: Iterable[tuple[int, int]]) -> None:
@@ -469,10 +465,6 @@ class Planner(PlannerView):
         """Note that there may be new work for a source."""
         state.parked_until = None
         self._hungry[state.name] = None
-
-    def _ask_origins(self) -> None:
-        for origin in self._table.origins():
-            self._make_hungry(origin)
 
     def _stir(self, state: SourceState) -> None:
         """Note that a source may have time for more, unless it found nothing just now."""
@@ -500,21 +492,16 @@ class Planner(PlannerView):
             self._check_deadlines(now)
         if now >= self._relook_at:
             self._wake(now)
+        if self._crowd.is_here and self._crowd.is_last_call():
+            for state in self._sources.values():
+                self._make_hungry(state)
         hungry = [self._sources[name] for name in self._hungry]
         hungry.sort(key=lambda state: -(state.rate.bytes_per_s or 0.0))
         self._hungry.clear()
         while hungry and self._chunks.missing_chunks:
             hungry = [state for state in hungry if self._feed(now, state)]
-        if self._crowd.is_here and self._crowd.is_last_call():
-            for state in self._sources.values():
-                self._make_hungry(state)
         actions, self._outbox = self._outbox, []
         return actions
-
-    @property
-    def has_news(self) -> bool:
-        """Whether something has happened since `actions` that may call for a decision."""
-        return bool(self._hungry or self._outbox)
 
     def next_deadline(self, now: float) -> float | None:
         """Return when to call `actions` if nothing happens before; None for never.
@@ -544,13 +531,12 @@ class Planner(PlannerView):
                 draft = self._endgame.draft_copies(now, state, room_bytes)
         if not draft.positions and (nearer or self._flights.by_position):
             self._park(now, state)
-        if draft.positions:
-            self._ask(now, state, draft)
-        return bool(draft.positions)
+        return bool(draft.positions) and self._ask(now, state, draft)
 
-    def _ask(self, now: float, state: SourceState, draft: Draft) -> None:
+    def _ask(self, now: float, state: SourceState, draft: Draft) -> bool:
         self._outbox.append(Ask(self._flights.open(now, state, draft)))
         self._check_at = min(self._check_at, now + self.limits.stall_s)
+        return True
 
     def _room_bytes(self, state: SourceState) -> int:
         """Return how much the next request to a source may hold; 0 for no request."""
@@ -563,11 +549,10 @@ class Planner(PlannerView):
         choice = self._crowd.choose(now, state, room_bytes)
         if choice.passed is not None:
             self._outbox.append(PassOn(state.name, choice.passed))
-        elif choice.draft.positions:
-            self._ask(now, state, choice.draft)
-        if choice.look_at is not None:
+            self._make_hungry(state)
+        elif not choice.draft.positions:
             self._park_until(state, choice.look_at)
-        return choice.look_at is None
+        return bool(choice.draft.positions) and self._ask(now, state, choice.draft)
 
     # deadlines
 

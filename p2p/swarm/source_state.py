@@ -300,16 +300,14 @@ class SourceState:
 
     def gain(self, chunks: ChunkMap, block: int, mask: int) -> bool:
         """Note that the source holds some chunks of a block; return whether it is work."""
-        held = self.held
-        new = mask & ~held[block]
+        new = mask & ~self.held[block]
         if not new:
             return False
-        held[block] |= new
+        self.held[block] |= new
         chunks.add_holder(block, new)
         if not new & chunks.free[block]:
             return False
-        if not self.listed[block]:
-            self.list_block(block, chunks.level_of[block])
+        self.list_block(block, chunks.level_of[block])
         return True
 
     def gain_all(self, chunks: ChunkMap) -> None:
