@@ -21,7 +21,7 @@ from __future__ import annotations
 import threading
 from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, overload
 
 from . import bitmap
@@ -382,6 +382,9 @@ class _Digests(Sequence[bytes]):
 
     def __len__(self) -> int:
         return len(self._wanted)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return map(self._wanted.digest, range(len(self._wanted)))
 
     @overload
     def __getitem__(self, index: int) -> bytes: ...

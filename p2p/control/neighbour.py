@@ -9,7 +9,15 @@ Every wait has a deadline. A violation ends the stream with a bye and the reason
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager, suppress
 from typing import Protocol
 
@@ -32,12 +40,13 @@ MAX_QUEUED_REQUESTS = 32
 MAX_PARALLEL_ASKS = 16
 """Our own requests open at one neighbour; others wait their turn."""
 
-BLOBS_PER_REQUEST = wire_limits.MAX_BLOB_ITEMS
-"""Blobs asked for in one request."""
-
 BLOB_REQUESTS_AHEAD = 4
 """Such requests on their way to one neighbour: 4,096 chunk lists of ten chunks are 1.3 MB,
 which covers 100 ms at 100 Mbit/s, and a neighbour keeps eight times as many waiting."""
+
+WANTS_AHEAD = 2
+"""Wants on their way to one neighbour: it looks the next one up while we read the last
+answer. More would keep its other answers to us waiting."""
 
 ANSWER_QUEUE_FRAMES = 8
 """Frames of an answer that wait for the asker before reading stops."""
@@ -306,13 +315,14 @@ class Neighbour:
 
         The answers go to the owner's `on_have`, as the news do.
         """
-        wanted = list(digests)
-        for start in range(0, len(wanted), wire_limits.MAX_WANT_DIGESTS):
-            part = tuple(wanted[start : start + wire_limits.MAX_WANT_DIGESTS])
-            async with self._asking(lambda i, part=part: wire.Want(i, part)) as frames:  # type: ignore[misc]
+
+        async def ask(part: Sequence[bytes]) -> None:
+            async with self._asking(lambda i: wire.Want(i, tuple(part))) as frames:
                 async for frame in frames():
                     assert isinstance(frame, wire.Have)
                     self._owner.on_have(self.peer_id, frame.entries)
+
+        await self._ask_in_parts(list(digests), wire_limits.MAX_WANT_DIGESTS, WANTS_AHEAD, ask)
 
     async def unwant(self, digests: Collection[bytes]) -> None:
         """Ask for no more news of `digests`."""
@@ -366,29 +376,52 @@ class Neighbour:
             A blob was too long, out of order, or not what its digest names.
         """
         found: dict[bytes, bytes] = {}
-        wanted = list(limits_bytes)
-        failures: list[RemoteError] = []
-        turns = trio.Semaphore(BLOB_REQUESTS_AHEAD)
 
-        async def ask(digests: Sequence[bytes], nursery: trio.Nursery) -> None:
-            items = tuple(wire.BlobItem(digest, 0) for digest in digests)
+        async def ask(part: Sequence[bytes]) -> None:
+            items = tuple([wire.BlobItem(digest, 0) for digest in part])
             parts: dict[bytes, bytearray] = {}
+            async with self._asking(lambda i: wire.GetBlobs(i, items)) as frames:
+                async for frame in frames():
+                    assert isinstance(frame, wire.Blobs)
+                    for piece in frame.pieces:
+                        self._take_piece(piece, parts, limits_bytes, found)
+
+        wanted = list(limits_bytes)
+        await self._ask_in_parts(wanted, wire_limits.MAX_BLOB_ITEMS, BLOB_REQUESTS_AHEAD, ask)
+        return found
+
+    async def _ask_in_parts(
+        self,
+        digests: Sequence[bytes],
+        most: int,
+        ahead: int,
+        ask: Callable[[Sequence[bytes]], Awaitable[None]],
+    ) -> None:
+        """Ask about many digests, at most so many in a request, some requests at a time.
+
+        Raises
+        ------
+        RemoteError
+            What went wrong with the first request that failed; the others are given up.
+        """
+        failures: list[RemoteError] = []
+        turns = trio.Semaphore(ahead)
+
+        async def ask_part(part: Sequence[bytes], nursery: trio.Nursery) -> None:
             try:
-                async with turns, self._asking(lambda i: wire.GetBlobs(i, items)) as frames:
-                    async for frame in frames():
-                        assert isinstance(frame, wire.Blobs)
-                        for piece in frame.pieces:
-                            self._take_piece(piece, parts, limits_bytes, found)
+                await ask(part)
             except RemoteError as error:
                 failures.append(error)
                 nursery.cancel_scope.cancel()
+            finally:
+                turns.release()
 
         async with trio.open_nursery() as nursery:
-            for start in range(0, len(wanted), BLOBS_PER_REQUEST):
-                nursery.start_soon(ask, wanted[start : start + BLOBS_PER_REQUEST], nursery)
+            for start in range(0, len(digests), most):
+                await turns.acquire()
+                nursery.start_soon(ask_part, digests[start : start + most], nursery)
         if failures:
             raise failures[0]
-        return found
 
     def _take_piece(
         self,

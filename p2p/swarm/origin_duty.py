@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Collection, Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from tensorswarm.store.digest import digest_of
 
@@ -86,7 +86,7 @@ class OriginDuty:
         self._chunks = chunks
         self._sources = sources
         self._counted_origins = 0
-        self._keys = array("Q", [int.from_bytes(key[:8].ljust(8, b"\0"), "little") for key in keys])
+        self._names = keys
         self._limits = limits
         self._on_duty: tuple[int, ...] = ()
         self._me = 0
@@ -186,6 +186,13 @@ class OriginDuty:
             return False
         self._chunks.take(block, 1 << offset, draft.size_bytes - before_bytes)
         return draft.room_bytes > 0
+
+    @cached_property
+    def _keys(self) -> array[int]:
+        """The objects' names as numbers; most downloads never share, and need none."""
+        return array(
+            "Q", [int.from_bytes(key[:8].ljust(8, b"\0"), "little") for key in self._names]
+        )
 
     def _order(self, position: int) -> list[int]:
         """Return the members on duty in the order in which a chunk is theirs."""

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
 import trio
 from trio.testing import memory_stream_pair
 
-from tensorswarm.p2p.control import wire
+from tensorswarm.p2p.control import wire, wire_limits
 from tensorswarm.p2p.control.answers import Answers
-from tensorswarm.p2p.control.neighbour import Neighbour
+from tensorswarm.p2p.control.neighbour import BLOB_REQUESTS_AHEAD, Neighbour
 from tensorswarm.p2p.control.neighbours import Neighbours
 from tensorswarm.p2p.control.outbox import MAX_NOTICES, Outbox
 from tensorswarm.p2p.host.host import Host, Stream
-from tensorswarm.store.errors import NoSource
+from tensorswarm.store.digest import digest_of
+from tensorswarm.store.errors import NoSource, ProtocolError
 from tensorswarm.store.store import Store
 from tests.support.store_world import DEADLINE_S
 
@@ -86,6 +89,7 @@ class World:
     """Our table of neighbours, and one peer that opens streams to us."""
 
     def __init__(self, store: Store, nursery: trio.Nursery) -> None:
+        self.store = store
         self.host = FakeHost()
         self.answers = Answers(store)
         self.ours = Neighbours(cast(Host, self.host), self.answers, hello)
@@ -190,3 +194,50 @@ def test_news_of_an_object_replaces_older_news_of_it_and_notices_go_first() -> N
         await box.wait_sent()
 
     trio.run(main)
+
+
+# ---- many questions at once
+
+
+def test_many_blobs_are_asked_for_in_several_requests_at_a_time(tmp_path: Path) -> None:
+    blobs = [b"chunk list %d" % i for i in range(2 * wire_limits.MAX_BLOB_ITEMS + 5)]
+    wanted = {digest_of(data): len(data) for data in blobs}
+
+    async def test(world: World) -> None:
+        end = await world.dial()
+        world.store.note_chunk_lists(blobs)
+        world.store.put_blob(b"the index has taken all that went before")
+        unknown = digest_of(b"nobody has this")
+        under_way = highest = 0
+        asking = end._asking
+
+        @asynccontextmanager
+        async def counted(make: Callable[[int], wire.Request]) -> AsyncIterator[Any]:
+            nonlocal under_way, highest
+            async with asking(make) as frames:
+                under_way += 1
+                highest = max(highest, under_way)
+                try:
+                    yield frames
+                finally:
+                    under_way -= 1
+
+        end._asking = counted  # type: ignore[method-assign]
+        found = await end.get_blobs({**wanted, unknown: 10})
+        assert found == {digest_of(data): data for data in blobs}
+        assert 1 < highest <= BLOB_REQUESTS_AHEAD
+
+    in_world(tmp_path / "store", test)
+
+
+def test_a_blob_longer_than_said_ends_all_requests_with_one_error(tmp_path: Path) -> None:
+    blobs = [b"chunk list %d" % i for i in range(3 * wire_limits.MAX_BLOB_ITEMS)]
+
+    async def test(world: World) -> None:
+        end = await world.dial()
+        world.store.note_chunk_lists(blobs)
+        world.store.put_blob(b"the index has taken all that went before")
+        with pytest.raises(ProtocolError, match="not asked for like this"):
+            await end.get_blobs({digest_of(data): 3 for data in blobs})
+
+    in_world(tmp_path / "store", test)
