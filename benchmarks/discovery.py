@@ -2,7 +2,8 @@
 
 A network of nodes in this process, on loopback, each with its own host. One of them
 announces keys; fresh nodes look for them. py-libp2p's own ``provide`` runs in the same
-network, for a few keys, beside it.
+network, for a few keys, beside it. Whole nodes join it to fetch a fine-tune, of which the
+base's tensors are with another peer, and its look-ups are counted.
 
     scripts/bench discovery --nodes 100 --keys 5000
 
@@ -20,18 +21,25 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import trio
 from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
 from multiaddr import Multiaddr
+from safetensors.numpy import save_file
 
 from tensorswarm.p2p.dht.announce_schedule import REPUBLISH_S
 from tensorswarm.p2p.dht.discovery import Discovery
 from tensorswarm.p2p.host.host import Host
-from tensorswarm.store.cid import dht_key
+from tensorswarm.p2p.node import Node
+from tensorswarm.store.cid import dht_key, model_cid
+from tensorswarm.store.ingest import add_paths
+from tensorswarm.store.store import Store
 
 from .report import Target, document, emit, spread, table
 
@@ -41,6 +49,7 @@ SEARCHERS = 3
 LOOK_UPS_TIMED = 100
 STOCK_KEYS = 20
 REPLACEMENT_STEPS = 6
+SHARED_TENSORS = 6
 CHECKED_KEYS = 500
 """Keys looked for after a crash: a sample, of which 99 % are five that may be missing."""
 
@@ -140,11 +149,15 @@ async def measure_announcing(net: Network, keys: Sequence[bytes], checked: int) 
 
 
 async def measure_look_ups(net: Network, keys: Sequence[bytes], peer_id: str) -> list[float]:
-    """Return the milliseconds until a provider is named, at a warm node."""
+    """Return the milliseconds until a provider is named, at a warm node.
+
+    Of keys whose records it does not keep itself: it has to ask.
+    """
     searcher = list(net.nodes.values())[-1][1]
     await share_found(searcher, keys[:20], peer_id)
+    asked = [key for key in keys[20:] if not searcher.dht.records.others(dht_key(key))]
     taken = []
-    for digest in keys[20 : 20 + LOOK_UPS_TIMED]:
+    for digest in asked[:LOOK_UPS_TIMED] or keys[:LOOK_UPS_TIMED]:
         begun = time.perf_counter()
         await is_found(searcher, digest, peer_id)
         taken.append(1000 * (time.perf_counter() - begun))
@@ -173,6 +186,53 @@ async def measure_stock(net: Network) -> dict[str, Any]:
             "said_true": said_true / len(keys),
             "readable": await share_found(searcher, keys, host.peer_id),
         }
+
+
+def write_model(path: Path, head_seed: int) -> Path:
+    """Write a model of 2 MiB tensors; two of them differ in their heads alone."""
+    tensors = {f"layer.{seed}": random_tensor(seed) for seed in range(SHARED_TENSORS)}
+    save_file({**tensors, "head": random_tensor(head_seed)}, path)
+    return path
+
+
+def random_tensor(seed: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Return 2 MiB that nobody else has."""
+    return np.random.default_rng(seed).integers(0, 256, 2 << 20, dtype=np.uint8)
+
+
+async def measure_fine_tune(net: Network, folder: Path) -> dict[str, Any]:
+    """Fetch a fine-tune of which one peer has the new tensor, and the base's peer the others.
+
+    Returns
+    -------
+    dict
+        ``look_ups`` that the fetch made, and the ``givers`` of more than a tensor's half.
+    """
+    with Store(folder / "base") as store:
+        add_paths(store, [write_model(folder / "base.safetensors", 100)])
+    with Store(folder / "whole") as store:
+        tuned = add_paths(store, [write_model(folder / "tuned.safetensors", 101)])
+    model = model_cid(tuned.manifest.digest)
+    entrances = [host.addrs()[0] for host, _, _ in net.nodes.values()]
+
+    def node(name: str, *, server: bool = True) -> Node:
+        known = random.Random(name).sample(entrances, 1)
+        return Node(folder / name, listen=[LISTEN], bootstrap=known, server=server)
+
+    async with node("part") as part:
+        async with node("whole") as whole:
+            first = await part.fetch(model, include=["head"])
+            assert {source.id for source in first.sources if source.bytes} == {whole.peer_id}
+        async with node("base") as base:
+            while base.discovery.statistics()["announced"] < SHARED_TENSORS + 2:
+                await trio.sleep(0.1)
+            async with node("new", server=False) as newcomer:
+                result = await newcomer.fetch(model)
+                return {
+                    "look_ups": newcomer.discovery.searches,
+                    "givers": sum(source.bytes > 1 << 20 for source in result.sources),
+                    "seconds": result.seconds,
+                }
 
 
 async def measure_crash(
@@ -226,12 +286,16 @@ async def measure(nodes: int, keys: int, checked: int, *, crash: bool) -> dict[s
         say("look-ups are timed")
         stock = await measure_stock(net)
         say("py-libp2p's own DHT has announced")
+        with TemporaryDirectory() as folder:
+            fine_tune = await measure_fine_tune(net, Path(folder))
+        say("a fine-tune is fetched")
         result: dict[str, Any] = {
             "joining": joining,
             "announcing": announcing,
             "look_up_ms": asdict(spread(look_up_ms)),
             "look_up_p95_ms": look_up_ms[int(0.95 * (len(look_up_ms) - 1))],
             "stock": stock,
+            "fine_tune": fine_tune,
         }
         if crash:
             result["crash"] = await measure_crash(net, digests, peer_id)
@@ -257,6 +321,7 @@ def main() -> None:
     targets = [
         Target("of the keys are readable from each fresh node", ours["readable"], 1.0),
         Target("ms, 95th percentile of look-ups", result["look_up_p95_ms"], 150, at_most=True),
+        Target("look-ups to fetch a fine-tune", result["fine_tune"]["look_ups"], 5, at_most=True),
     ]
     if args.nodes <= 20:
         targets.append(Target("s to announce them", ours["seconds"], 5, at_most=True))
