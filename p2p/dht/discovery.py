@@ -29,7 +29,7 @@ import random
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 import trio
@@ -39,12 +39,13 @@ from libp2p.peer.peerinfo import PeerInfo
 from multiaddr import Multiaddr
 
 from tensorswarm.store.cid import dht_key
-from tensorswarm.store.errors import RemoteError, TensorswarmError
+from tensorswarm.store.errors import BadInput, RemoteError, TensorswarmError
 
-from ..host.addresses import PeerAddress
+from ..host.addresses import PeerAddress, tcp_host
 from ..host.host import Host
 from .file import DhtFile
 from .lookup import ALPHA, Lookup, closest, kad_id
+from .provider_table import group_of
 from .publish import Announcement, Publisher
 from .rpc import KAD_PROTOCOL, Question, find_node, get_providers, peers_in
 from .server import GuardedDht
@@ -414,7 +415,7 @@ class Discovery:
         timeout_s: float,
         on_answer: Callable[[str, Message], None] = lambda _node, _answer: None,
     ) -> list[str]:
-        lookup = Lookup(key, (*self._known_nodes(), *start), self._host.peer_id)
+        lookup = Lookup(key, (*self._known_nodes(), *start), self._host.peer_id, self._group_of)
         running = 0
         changed = trio.Event()
 
@@ -473,6 +474,15 @@ class Discovery:
                 continue
             closer.append(peer.peer_id)
         return closer
+
+    def _group_of(self, node: str) -> str:
+        """Return the part of the network that a node is in, as we or others see it."""
+        host = self._host.remote_host(node)
+        if host is None:
+            for addr in self._host.addrs_of(node):
+                with suppress(BadInput, ValueError):  # a circuit: it may be anywhere
+                    return group_of(tcp_host(addr)[0], node)
+        return group_of(host, node)
 
     def _is_dead(self, node: str) -> bool:
         return trio.current_time() - self._dead.get(node, -DEAD_S) < DEAD_S

@@ -5,6 +5,11 @@ closer ones, and is done when the `K` closest that answer have all answered. Whi
 closer nodes exist is all the distance is used for; it is libp2p's: the exclusive or
 of the SHA-256 of the key and the SHA-256 of the binary peer id.
 
+Ids near a key cost nothing to make: whoever has a machine can own the `K` closest of any
+key. Network addresses cost more, so of one group (a part of the network, as the caller
+tells) `MAX_PER_GROUP` count among the closest, and the others only where nobody else is
+left. Who announces and who looks choose alike, so they meet at the same nodes.
+
 `Regions` saves look-ups when many keys are announced: where the closest nodes to
 one key are known, those of neighbouring keys are known too.
 """
@@ -12,7 +17,8 @@ one key are known, those of neighbouring keys are known too.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 
 from ..host.addresses import peer_id_bytes
@@ -25,6 +31,10 @@ ALPHA = 10
 
 MAX_CANDIDATES = 200
 """Nodes one look-up remembers: ten times those it ends with; the farthest go."""
+
+MAX_PER_GROUP = 3
+"""Nodes of one group among the closest: with all 20 from one network, its owner could make
+any key's providers disappear; fewer would pass over honest neighbours for nothing."""
 
 _BITS = 256
 
@@ -56,11 +66,21 @@ class Lookup:
         Peers to begin with.
     own_id : str
         Our own peer id, never asked.
+    group : callable
+        Tells which part of the network a peer is in; by default, each is by itself.
     """
 
-    def __init__(self, key: bytes, start: Iterable[str], own_id: str) -> None:
+    def __init__(
+        self,
+        key: bytes,
+        start: Iterable[str],
+        own_id: str,
+        group: Callable[[str], str] = lambda peer: peer,
+    ) -> None:
         self._target = kad_id(key)
         self._distance: dict[str, int] = {}
+        self._group = group
+        self._group_of: dict[str, str] = {}
         self._ignored = {own_id}
         self._asked: set[str] = set()
         self._answered: set[str] = set()
@@ -71,10 +91,11 @@ class Lookup:
         for peer in peers:
             if peer not in self._distance and peer not in self._ignored:
                 self._distance[peer] = peer_kad_id(peer) ^ self._target
+                self._group_of[peer] = self._group(peer)
         if len(self._distance) > MAX_CANDIDATES:
             for peer in self._nearest()[MAX_CANDIDATES:]:
                 if peer not in self._asked:
-                    del self._distance[peer]
+                    del self._distance[peer], self._group_of[peer]
 
     def next_peer(self) -> str | None:
         """Return the next peer to ask, None if there is nobody to ask at the moment."""
@@ -99,7 +120,15 @@ class Lookup:
         return [peer for peer in self._nearest() if peer in self._answered][:K]
 
     def _nearest(self) -> list[str]:
-        return sorted(self._distance, key=self._distance.__getitem__)
+        """Return all, nearest first, those past `MAX_PER_GROUP` of their group last."""
+        of_group: Counter[str] = Counter()
+        first: list[str] = []
+        last: list[str] = []
+        for peer in sorted(self._distance, key=self._distance.__getitem__):
+            group = self._group_of[peer]
+            of_group[group] += 1
+            (first if of_group[group] <= MAX_PER_GROUP else last).append(peer)
+        return first + last
 
 
 class Regions:

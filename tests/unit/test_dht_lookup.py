@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tensorswarm.p2p.dht.lookup import (
     MAX_CANDIDATES,
+    MAX_PER_GROUP,
     K,
     Lookup,
     Regions,
@@ -24,6 +25,8 @@ def peer(number: int) -> str:
 
 
 PEERS = [peer(number) for number in range(300)]
+MADE = {made: peer_kad_id(made) for made in map(peer, range(1_000, 7_000))}
+"""Ids to choose from for whoever wants some next to a key: where an id lies is chance."""
 
 
 def network(rng: random.Random, size: int) -> dict[str, list[str]]:
@@ -94,6 +97,42 @@ def test_what_a_liar_names_is_bounded() -> None:
         assert asked is not None
         lookup.answered(asked, [peer(1000 * round_number + i) for i in range(1, 1000)])
     assert len(lookup._distance) <= MAX_CANDIDATES + 20
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 2**32))
+def test_ids_made_for_a_key_do_not_hide_its_records(seed: int) -> None:
+    """Thirty ids next to a key, of one network: who announces and who looks still meet."""
+    rng = random.Random(seed)
+    knows = network(rng, 150)
+    key = rng.randbytes(34)
+    honest = closest(kad_id(key), knows)
+    made = sorted(MADE, key=lambda each: MADE[each] ^ kad_id(key))
+    sybils = made[:30]
+    assert len(set(closest(kad_id(key), [*knows, *sybils])) & set(sybils)) > K // 2
+    for node in honest:
+        knows[node] = [*knows[node], *sybils]
+    knows |= dict.fromkeys(sybils, sybils)  # they name nobody else
+
+    def look_up(start: list[str]) -> list[str]:
+        lookup = Lookup(key, start, "", lambda each: "192.0.2.0/24" if each in sybils else each)
+        while (node := lookup.next_peer()) is not None:
+            lookup.answered(node, closest(kad_id(key), knows[node], 2 * K))
+        return lookup.result()
+
+    announced_at = look_up(rng.sample(sorted(knows), 5))
+    asked_by_others = look_up(rng.sample(sorted(knows), 5))
+    assert len(set(announced_at) & set(sybils)) <= MAX_PER_GROUP
+    assert set(announced_at) & set(asked_by_others) - set(sybils)
+
+
+def test_where_all_are_of_one_group_all_are_asked() -> None:
+    lookup = Lookup(b"key", [peer(number) for number in range(12)], "", lambda _peer: "office")
+    asked = set()
+    while (node := lookup.next_peer()) is not None:
+        asked.add(node)
+        lookup.answered(node, [])
+    assert len(asked) == len(lookup.result()) == 12
 
 
 @settings(max_examples=20)
