@@ -7,9 +7,12 @@ import socket
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import tensorswarm
+from tensorswarm.store.errors import NoSource
 from tests.e2e.conftest import Model, assert_one_error, copy_of
 from tests.support.swarm_processes import Processes
 
@@ -24,6 +27,14 @@ def test_a_stranger_to_a_private_network_gets_nothing(
     member = processes.fetch(small.id, tmp_path / "member", "--network", key, bootstrap=[node.addr])
     assert member.exit_code == 0, member
     assert member.document["bytes_peers"] >= small.size_bytes - 1000
+    library: dict[str, Any] = {"bootstrap": [node.addr], "network": key, "timeout_s": 60}
+    folder = tensorswarm.fetch(small.id, store=tmp_path / "by-fetch", **library)
+    assert (folder / "model.safetensors").stat().st_size > small.size_bytes / 2
+    assert tensorswarm.load(small.id, store=tmp_path / "by-load", **library)
+    assert dict(tensorswarm.stream(small.id, store=tmp_path / "by-stream", **library))
+    with pytest.raises(NoSource):
+        plainly = {**library, "network": None, "timeout_s": 1}
+        tensorswarm.fetch(small.id, store=tmp_path / "plainly", **plainly)
     other_key = tmp_path / "other.key"
     processes.run("network-key", other_key, "--json")
     for arguments in ((), ("--network", other_key)):
