@@ -47,6 +47,9 @@ SEED = 1
 LISTEN = "127.0.0.1:0"
 SEARCHERS = 3
 LOOK_UPS_TIMED = 100
+PARALLEL_SEARCHES = 4
+"""By one fresh node: here all that answer it share one processor with it."""
+
 STOCK_KEYS = 20
 REPLACEMENT_STEPS = 6
 SHARED_TENSORS = 6
@@ -109,7 +112,7 @@ async def is_found(discovery: Discovery, digest: bytes, peer_id: str) -> bool:
 async def share_found(discovery: Discovery, digests: Sequence[bytes], peer_id: str) -> float:
     """Return which part of the keys is found."""
     found: list[bool] = []
-    limiter = trio.CapacityLimiter(8)
+    limiter = trio.CapacityLimiter(PARALLEL_SEARCHES)
 
     async def look(digest: bytes) -> None:
         async with limiter:

@@ -317,6 +317,7 @@ class Node:
             "peer_id": self.peer_id,
             "addrs": list(self.addrs),
             "dht": self.discovery.statistics(),
+            "door": {"connected": len(self._host.connected()), **self._host.door.statistics()},
             "reachability": self.reach.reachability.value,
             "relays": list(self.reach.places),
         }

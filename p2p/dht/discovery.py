@@ -150,6 +150,9 @@ class Discovery:
     ----------
     searches, looks_round : int
         Searches for providers made so far, and look-ups of our own neighbourhood.
+    listeners : list of callables
+        Called whenever a node was met or a round of announcements has ended: look at
+        `statistics` for what is new.
     """
 
     def __init__(
@@ -168,9 +171,11 @@ class Discovery:
         self._dead: dict[str, float] = {}
         self.searches = 0
         self.looks_round = 0
+        self.listeners: list[Callable[[], None]] = []
         self._publisher = Publisher(
             host, self._known_nodes, self._find_nodes, clock=clock, rng=rng, file=file
         )
+        self._publisher.on_round = self._tell_listeners
         self._dht.on_node = self._node_has_come
         self._newcomers: dict[str, None] = {}
         self._newcomers_came = trio.Event()
@@ -234,10 +239,15 @@ class Discovery:
 
     def _node_has_come(self, node: str) -> None:
         self._publisher.node_has_come(node)
+        self._tell_listeners()
         is_ours = node in self._being_asked  # our own look-up led to it: no news
         if not is_ours and len(self._newcomers) < MAX_NEWCOMERS:
             self._newcomers[node] = None
             self._newcomers_came.set()
+
+    def _tell_listeners(self) -> None:
+        for listener in list(self.listeners):
+            listener()
 
     @property
     def dht(self) -> GuardedDht:

@@ -132,6 +132,8 @@ class Counters:
         Announcements that receivers had no appetite for.
     unreachable : int
         Nodes that could not be told.
+    announced_late : int
+        Keys that could not be announced at first, and then were.
     newcomers_told : int
         Nodes told because they were new or had lost their records.
     samples, samples_missing : int
@@ -146,6 +148,7 @@ class Counters:
     questions_sent: int = 0
     not_taken: int = 0
     unreachable: int = 0
+    announced_late: int = 0
     newcomers_told: int = 0
     samples: int = 0
     samples_missing: int = 0
@@ -228,6 +231,8 @@ class Publisher:
     ----------
     counters : Counters
         What it has cost and come to.
+    on_round : callable
+        Called when a round of announcements or of questions has ended.
     """
 
     def __init__(
@@ -253,6 +258,7 @@ class Publisher:
         self._wake = trio.Event()
         self._newcomers: dict[str, None] = {}
         self.counters = Counters()
+        self.on_round: Callable[[], None] = lambda: None
         if file is not None:
             self._schedule.restore(file.load_own((host.peer_id, *host.advertised_addrs())))
 
@@ -334,8 +340,10 @@ class Publisher:
             self.wake()
             await self._keep(dict.fromkeys(confirmed, now))
         if late:
+            self.counters.announced_late += late
             left = self._schedule.failed()
             log.info("%d keys are announced that could not be before; %d are left", late, left)
+        self.on_round()
         return {node for nodes in done.nodes_of.values() for node in nodes} - done.unusable
 
     async def _keep(self, confirmed: dict[bytes, float]) -> None:
@@ -381,6 +389,7 @@ class Publisher:
                         this = _Round({key: [node] for key in keys})
                         await self._tell(this, node, keys, [])
                     self.counters.newcomers_told += 1
+                    self.on_round()
 
     async def _keys_of(self, node: str, nodes: Sequence[str]) -> list[bytes]:
         """Return those of our announced keys that a node is among the closest to."""
@@ -403,6 +412,7 @@ class Publisher:
         sample = self._rng.sample(keys, min(SAMPLE, len(keys)))
         this = _Round({key: [node] for key in sample})
         await self._tell(this, node, [], sample)
+        self.on_round()
         return this.confirmed | this.crowded >= set(sample)
 
     async def _sample_regularly(self) -> None:

@@ -190,3 +190,13 @@ class Door:
 
     half_open: HalfOpen = field(default_factory=HalfOpen)
     streams: StreamBudget = field(default_factory=StreamBudget)
+
+    def statistics(self) -> dict[str, int]:
+        """Return counters of connections that came in, and of the streams that peers open."""
+        return {
+            "connections_let_in": self.half_open.entered,
+            "connections_turned_away": self.half_open.turned_away + self.half_open.displaced,
+            "shaking_hands": len(self.half_open),
+            "streams_open": len(self.streams),
+            "streams_refused": self.streams.refused,
+        }

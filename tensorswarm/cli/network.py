@@ -190,6 +190,7 @@ def peers(args: argparse.Namespace, output: Output) -> int:
     }
     if args.dht:
         document["dht"] = state.get("dht", {})
+        document["door"] = state.get("door", {})
 
     def text() -> None:
         rows = [
@@ -206,10 +207,10 @@ def peers(args: argparse.Namespace, output: Output) -> int:
         output.say(f"others can dial this node: {document['reachability']}")
         for relay in document["relays"]:
             output.say(f"reachable through relay {relay}")
-        if args.dht:
+        for part in ("dht", "door") if args.dht else ():
             output.say()
-            counts = [[name.replace("_", " "), str(n)] for name, n in document["dht"].items()]
-            output.table(["dht", "count "], counts)
+            counts = [[name.replace("_", " "), str(n)] for name, n in document[part].items()]
+            output.table([part, "count "], counts)
 
     output.result(document, text)
     return 0

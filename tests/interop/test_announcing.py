@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tensorswarm.p2p.dht.discovery import Discovery
 from tensorswarm.p2p.dht.file import DhtFile
 from tensorswarm.store.cid import dht_key
 from tests.support.dht_network import WANTED, digests, event_when_recorded, network, providers
+from tests.support.events import LogWatch, until_dht
 from tests.support.hosts import run
 
 
@@ -74,6 +76,7 @@ def test_the_log_says_when_what_failed_at_first_is_announced(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("INFO", logger="tensorswarm")
+    lines = LogWatch()
 
     async def main() -> None:
         async with network(1) as net:
@@ -82,10 +85,11 @@ def test_the_log_says_when_what_failed_at_first_is_announced(
             host = await net.host()
             newcomer = Discovery(host)
             await newcomer.bootstrap([net.nodes[0][0].addrs()[0]])
-            while "3 keys are announced that could not be before; 0 are left" not in caplog.text:
-                await trio.lowlevel.checkpoint()
+            await lines.until("3 keys are announced that could not be before; 0 are left")
+            assert announcer.statistics()["announced_late"] == 3
 
-    run(main)
+    with contextlib.closing(lines):
+        run(main)
 
 
 def test_a_server_that_lost_its_records_is_told_them_again(
@@ -103,14 +107,13 @@ def test_a_server_that_lost_its_records_is_told_them_again(
             recorded = event_when_recorded(empty, count=30)
             await empty.bootstrap([host.addrs()[0]])
             await recorded.wait()
-            while not announcer.statistics()["newcomers_told"]:
-                await trio.lowlevel.checkpoint()
+            await until_dht(announcer, lambda: announcer.statistics()["newcomers_told"] > 0)
             before = announcer.statistics()["records_sent"]
             assert await announcer.check_sample() == 0
             # One that has them all is asked for a sample only.
             announcer._publisher.node_has_come(again.peer_id)
-            while announcer.statistics()["questions_sent"] < 30 + 32 + 16:
-                await trio.sleep(0.01)
+            asked = 30 + 2 * dht_publish.SAMPLE + dht_publish.SAMPLE
+            await until_dht(announcer, lambda: announcer.statistics()["questions_sent"] >= asked)
             assert announcer.statistics()["records_sent"] == before
 
     run(main)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from tensorswarm.p2p.node import Node
 from tensorswarm.store.errors import BadInput, NoSource
 from tests.support.dht_network import WANTED, network, providers
 from tests.support.dns_server import DnsServer
+from tests.support.events import LogWatch, until_dht, until_neighbour
 from tests.support.hosts import HERE, NOBODY, run
 
 PEER = f"/ip4/192.0.2.7/tcp/4001/p2p/{NOBODY}"
@@ -97,8 +99,7 @@ def test_a_node_finds_its_network_by_name(tmp_path: Path, monkeypatch: pytest.Mo
                 )
                 name = "/dnsaddr/peers.example"
                 async with Node(tmp_path / "b", listen=[HERE], bootstrap=[name]) as newcomer:
-                    while not known.neighbours.is_neighbour(newcomer.peer_id):
-                        await trio.sleep(0.01)
+                    await until_neighbour(known, newcomer.peer_id)
 
     run(main)
 
@@ -110,11 +111,9 @@ def test_a_restarted_node_finds_its_peers_without_being_told(tmp_path: Path) -> 
     async def main() -> None:
         async with Node(tmp_path / "a", listen=[HERE]) as lasting:
             async with Node(tmp_path / "b", listen=[HERE], bootstrap=lasting.addrs[:1]) as node:
-                while not node.neighbours.is_neighbour(lasting.peer_id):
-                    await trio.sleep(0.01)
+                await until_neighbour(node, lasting.peer_id)
             async with Node(tmp_path / "b", listen=[HERE]) as again:
-                while not again.neighbours.is_neighbour(lasting.peer_id):
-                    await trio.sleep(0.01)
+                await until_neighbour(again, lasting.peer_id)
 
     run(main)
 
@@ -124,21 +123,20 @@ def test_a_node_says_when_its_bootstraps_are_down_and_goes_on_trying(
 ) -> None:
     monkeypatch.setattr(bootstrap_module, "PAUSES_S", (0.02,))
     caplog.set_level("INFO", logger="tensorswarm")
+    lines = LogWatch()
 
     async def main() -> None:
         async with Node(tmp_path / "a", listen=[HERE]) as first:
             address = first.addrs[0]
         listen = address.partition("/p2p/")[0]
         async with Node(tmp_path / "b", listen=[HERE], bootstrap=[address]) as node:
-            while "none of the bootstrap peers answers" not in caplog.text:
-                await trio.sleep(0.01)
-            async with Node(tmp_path / "a", listen=[listen]):
-                while "in touch with 1 bootstrap peers again" not in caplog.text:
-                    await trio.sleep(0.01)
-                while not node.neighbours.all():
-                    await trio.sleep(0.01)
+            await lines.until("none of the bootstrap peers answers")
+            async with Node(tmp_path / "a", listen=[listen]) as back:
+                await lines.until("in touch with 1 bootstrap peers again")
+                await until_neighbour(node, back.peer_id)
 
-    run(main)
+    with contextlib.closing(lines):
+        run(main)
     # Not at each attempt: once, and once more if the node that came back stumbled at first.
     assert 1 <= caplog.text.count("connection refused") <= 2
 
@@ -154,8 +152,7 @@ def test_two_islands_become_one_network_when_two_nodes_meet(
             searcher = one.nodes[3][1]
             assert await providers(searcher, WANTED) == []
             await one.nodes[1][0].connect(other.nodes[2][0].addrs()[0])
-            while searcher.routing_table_size() < 7:
-                await trio.sleep(0.02)
+            await until_dht(searcher, lambda: searcher.routing_table_size() >= 7)
             (found,) = await providers(searcher, WANTED)
             assert found.peer_id == other.nodes[3][0].peer_id
 

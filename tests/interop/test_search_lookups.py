@@ -16,6 +16,7 @@ from tensorswarm.store.cid import model_cid
 from tensorswarm.store.errors import NoSource
 from tensorswarm.store.ingest import add_paths
 from tensorswarm.store.store import Store
+from tests.support.events import until_dht
 from tests.support.hosts import HERE, NOBODY
 
 MIB = 1 << 20
@@ -49,8 +50,8 @@ def test_a_fine_tune_finds_its_base_in_a_handful_of_look_ups(tmp_path: Path) -> 
                     await part.fetch(tuned_id, include=["head"])
                     assert whole.peer_id
                 async with Node(tmp_path / "base", listen=[HERE], bootstrap=known) as holder:
-                    while holder.discovery.statistics()["announced"] < 5:
-                        await trio.sleep(0.05)
+                    dht = holder.discovery
+                    await until_dht(dht, lambda: dht.statistics()["announced"] >= 5)
                     async with Node(
                         tmp_path / "new", listen=[HERE], bootstrap=known, server=False
                     ) as newcomer:
