@@ -244,6 +244,7 @@ class Node:
             self.store.open_reader,
             self.neighbours.is_neighbour,
             limiter=self.upload_limiter,
+            read_small=self.store.read_small,
             may_have=self.access.may_have,
         )
         self._host.set_handler(BULK_STREAM_PROTOCOL, self._streams.handle)

@@ -22,6 +22,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 
@@ -31,6 +32,8 @@ from tensorswarm.store.reader import ObjectReader
 from ..host.host import Stream
 from ..limits.rates import RateLimiter
 from . import http1
+from .http1_small import SmallRequest, SmallServerExchange, read_request
+from .small_objects import SmallObjects, read_each
 
 BULK_STREAM_PROTOCOL = "/tensorswarm/bulk/1"
 """Protocol id of a stream that carries requests of the bulk plane."""
@@ -92,6 +95,8 @@ class StreamServer:
         From a peer id to whether it may have anything.
     limiter : RateLimiter, optional
         Holds what is sent in all below a rate.
+    read_small : callable, optional
+        Reads many small objects at once, in threads; by default, one after the other.
     may_have : callable, optional
         Tells whether a peer may have an object; if not, it is answered as missing.
     max_streams, max_streams_per_peer : int, optional
@@ -106,6 +111,7 @@ class StreamServer:
         allow: Callable[[str], bool],
         *,
         limiter: RateLimiter | None = None,
+        read_small: SmallObjects | None = None,
         may_have: Callable[[str, bytes], bool] = lambda _peer_id, _digest: True,
         max_streams: int = MAX_STREAMS,
         max_streams_per_peer: int = MAX_STREAMS_PER_PEER,
@@ -115,6 +121,7 @@ class StreamServer:
     ) -> None:
         self.open_reader = open_reader
         self.allow = allow
+        self.read_small: SmallObjects = read_small or partial(read_each, open_reader)
         self.may_have = may_have
         self.limiter = limiter
         self.slice_bytes = min(SLICE_BYTES, limiter.slice_bytes) if limiter else SLICE_BYTES
@@ -206,7 +213,7 @@ class _Service:
         """Answer a request; False when the stream ends with that."""
         self._server.requests += 1
         try:
-            exchange = http1.ServerExchange(head)
+            exchange = read_request(head)
         except ProtocolError:
             await self._send(http1.bad_request())
             raise
@@ -216,6 +223,9 @@ class _Service:
         if not self._server.allow(self._peer_id):
             await self._send(exchange.refusal(http1.FORBIDDEN))
             return False
+        if isinstance(exchange, SmallServerExchange):
+            await self._answer_small(exchange)
+            return True
         _, offset, length = exchange.request
         reader = await trio.to_thread.run_sync(self._reader_for, exchange.request)
         if reader is None:
@@ -227,6 +237,54 @@ class _Service:
             await self._put_body(reader, offset, offset + length)
         return True
 
+    async def _answer_small(self, exchange: SmallServerExchange) -> None:
+        body = await self._next_body(exchange.body_bytes)
+        try:
+            request = exchange.read_body(body)
+        except ProtocolError:
+            await self._send(http1.bad_request())
+            raise
+        found = await trio.to_thread.run_sync(self._found, request)
+        head, answer = exchange.answer(found)
+        self._output += head
+        step = self._server.slice_bytes
+        for start in range(0, len(answer), step):
+            piece = answer[start : start + step]
+            await self._take_room(len(piece))
+            self._output += piece
+            if len(self._output) >= step:
+                await self._flush()
+        self._server.bytes_sent += sum(len(data) for data in found if data is not None)
+
+    def _found(self, request: SmallRequest) -> list[bytes | None]:
+        server, objects = self._server, request.objects
+        return [
+            data if server.may_have(self._peer_id, digest) else None
+            for (digest, _), data in zip(objects, server.read_small(objects), strict=True)
+        ]
+
+    async def _next_body(self, size_bytes: int) -> bytes:
+        """Return the body of a request; at most 10 KiB, so it may wait in memory."""
+        with trio.move_on_after(self._server.idle_timeout_s):
+            while len(self._input) < size_bytes:
+                await self._flush()
+                data = await self._stream.receive_some()
+                if not data:
+                    break
+                self._input += data
+        if len(self._input) < size_bytes:
+            raise ProtocolError("did not finish a request")
+        body = bytes(self._input[:size_bytes])
+        del self._input[:size_bytes]
+        return body
+
+    async def _take_room(self, length: int) -> None:
+        """Wait until bytes may be sent."""
+        if self._server.limiter is not None:
+            await trio.to_thread.run_sync(
+                self._server.limiter.take, self._peer_id, length, limiter=self._server.turns
+            )
+
     async def _put_body(self, reader: ObjectReader, offset: int, end: int) -> None:
         """Send an object's bytes; what does not fill a slice waits for the next answer."""
         while offset < end:
@@ -235,10 +293,7 @@ class _Service:
                 await self._flush()
                 continue
             length = min(room, end - offset)
-            if self._server.limiter is not None:
-                await trio.to_thread.run_sync(
-                    self._server.limiter.take, self._peer_id, length, limiter=self._server.turns
-                )
+            await self._take_room(length)
             self._output += await trio.to_thread.run_sync(self._read, reader, offset, length)
             self._server.bytes_sent += length
             offset += length

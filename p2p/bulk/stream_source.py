@@ -1,8 +1,9 @@
 """A peer as a source, over a libp2p stream: where its bulk plane cannot be reached.
 
-Purpose: carry out the planner's requests as `peer_source` does, with the same ranges and
-the same HTTP heads, on a stream of `stream_server.BULK_STREAM_PROTOCOL`. It works on any
-connection there is to the peer, one through a relay included.
+Purpose: carry out the planner's requests as `peer_source` does, with the same ranges, the
+same company of small objects and the same HTTP heads, on a stream of
+`stream_server.BULK_STREAM_PROTOCOL`. It works on any connection there is to the peer, one
+through a relay included.
 
 Rules
 - One task, one stream, one reused chunk buffer. Bytes are verified and written in a
@@ -33,7 +34,7 @@ from tensorswarm.store.errors import HashMismatch, LocalError, RemoteError
 
 from ..host.host import Stream
 from ..limits.rates import RateLimiter
-from ..swarm.source import Failure, Outcome, Report, Request, Sink
+from ..swarm.source import Failure, Outcome, Report, Request, Sink, SmallBatch
 from . import http1
 from .client import (
     MIN_PIECE_BYTES,
@@ -44,8 +45,9 @@ from .client import (
     Stalled,
     Unreachable,
 )
+from .http1_small import SmallClientExchange, bitmap_bytes
 from .peer_source import IDLE_CLOSE_S, MAX_QUEUED_REQUESTS, TooManyRequests
-from .ranges import Range, ranges_of
+from .ranges import Range, Together, asks_of
 
 OPEN_TIMEOUT_S = 5.0
 """Seconds to open a stream on a connection that is there: a round trip or two, and what a
@@ -54,6 +56,10 @@ busy relay adds."""
 MAX_RANGES_AHEAD = 64
 """Range requests on the wire: their 200 bytes each fit yamux's first window (256 KiB), so
 that sending them never waits for a peer that is itself sending."""
+
+MAX_WEIGHT_AHEAD = 256
+"""The same in units of 200 bytes: a request for many small objects is as long as many others.
+51 KiB in all."""
 
 MAX_BYTES_AHEAD = 8 << 20
 """Bytes asked for beyond the answer being read: 1 Gbit/s over 65 ms, more than a libp2p
@@ -75,11 +81,19 @@ class _Job:
     """A request on its way."""
 
     request: Request
-    ranges: Iterator[Range]
+    ranges: Iterator[Range | Together]
     on_wire: int = 0
     all_sent: bool = False
     cancelled: bool = False
     lacks: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A range, or small objects, whose answer has not come."""
+
+    what: Range | Together
+    exchange: http1.ClientExchange | SmallClientExchange
 
 
 class StreamSource:
@@ -137,8 +151,8 @@ class StreamSource:
         self._stream: Stream | None = None
         self._rest = memoryview(b"")  # received and not consumed
         self._buffer = memoryview(bytearray(CHUNK_SIZE))
-        self._wire: deque[tuple[_Job, Range, http1.ClientExchange]] = deque()
-        self._wire_bytes = 0
+        self._wire: deque[tuple[_Job, _Asked]] = deque()
+        self._wire_bytes = self._wire_weight = 0
         self._cuts = 0  # since a request was last answered
         start_soon(self._run)
 
@@ -157,7 +171,7 @@ class StreamSource:
                 return
             if len(self._queue) >= MAX_QUEUED_REQUESTS:
                 raise TooManyRequests(f"{MAX_QUEUED_REQUESTS} requests wait for {self._source}")
-            job = _Job(request, ranges_of(request, self._sink))
+            job = _Job(request, asks_of(request, self._sink))
             self._queue.append(job)
             self._jobs[request.request_id] = job
         self._soon(self._wake)
@@ -224,7 +238,7 @@ class StreamSource:
             self._stream = await self._connect()
         await self._send_ahead(self._stream)
         if self._wire:
-            await self._receive_range(self._stream)
+            await self._receive_answer(self._stream)
 
     async def _wait_for_work(self) -> None:
         self._woken = trio.Event()
@@ -247,16 +261,22 @@ class StreamSource:
 
     async def _send_ahead(self, stream: Stream) -> None:
         """Fill the wire when it is half empty, so that small requests leave together."""
-        if len(self._wire) > MAX_RANGES_AHEAD // 2 or self._wire_bytes > MAX_BYTES_AHEAD // 2:
+        if not self._has_room(2):
             return
         heads = []
-        while len(self._wire) < MAX_RANGES_AHEAD and self._wire_bytes < MAX_BYTES_AHEAD:
+        while self._has_room(1):
             found = self._next_range()
             if found is None:
                 break
-            exchange = http1.ClientExchange(found[1].asked, self._source)
-            self._wire.append((*found, exchange))
-            self._wire_bytes += found[1].asked.length
+            job, what = found
+            exchange: http1.ClientExchange | SmallClientExchange
+            if isinstance(what, Together):
+                exchange = SmallClientExchange(what.asked, self._source)
+            else:
+                exchange = http1.ClientExchange(what.asked, self._source)
+            self._wire.append((job, _Asked(what, exchange)))
+            self._wire_bytes += what.asked.length
+            self._wire_weight += what.weight
             heads.append(exchange.encoded)
         if not heads:
             return
@@ -268,7 +288,15 @@ class StreamSource:
         except RemoteError as error:
             raise Closed(str(error)) from error
 
-    def _next_range(self) -> tuple[_Job, Range] | None:
+    def _has_room(self, parts: int) -> bool:
+        """Tell whether less than one of so many parts of what may be on the wire is there."""
+        return (
+            len(self._wire) < MAX_RANGES_AHEAD // parts
+            and self._wire_weight < MAX_WEIGHT_AHEAD // parts
+            and self._wire_bytes < MAX_BYTES_AHEAD // parts
+        )
+
+    def _next_range(self) -> tuple[_Job, Range | Together] | None:
         while self._queue:
             job = self._queue[0]
             if not job.cancelled and not job.lacks:
@@ -285,22 +313,51 @@ class StreamSource:
 
     # ---- receiving
 
-    async def _receive_range(self, stream: Stream) -> None:
-        job, found, exchange = self._wire[0]
-        answer = exchange.read_head(await self._receive_head(stream))
+    async def _receive_answer(self, stream: Stream) -> None:
+        job, asked = self._wire[0]
+        answer = asked.exchange.read_head(await self._receive_head(stream))
         if answer is http1.Answer.DENIED:
             raise Denied("does not let us have anything")
         if answer is http1.Answer.BUSY:
             raise Busy("has no capacity for another stream")
+        what = asked.what
         if answer is http1.Answer.LACKS:
             job.lacks = True
+        elif isinstance(what, Together):
+            assert isinstance(asked.exchange, SmallClientExchange)  # made for it
+            await self._receive_small(stream, job, what, asked.exchange)
         else:
-            for chunk in range(found.first_chunk, found.first_chunk + found.chunks):
-                await self._receive_chunk(stream, job, found, chunk)
+            for chunk in range(what.first_chunk, what.first_chunk + what.chunks):
+                await self._receive_chunk(stream, job, what, chunk)
         self._wire.popleft()
-        self._wire_bytes -= found.asked.length
+        self._wire_bytes -= what.asked.length
+        self._wire_weight -= what.weight
         job.on_wire -= 1
         self._finish_if_through(job)
+
+    async def _receive_small(
+        self, stream: Stream, job: _Job, what: Together, exchange: SmallClientExchange
+    ) -> None:
+        """Take an answer with many small objects; those it leaves out are lacking."""
+        objects = what.asked.objects
+        given = bytearray(bitmap_bytes(len(objects)))
+        await self._fill(stream, None, memoryview(given))
+        positions = exchange.read_bitmap(given)
+        data = self._buffer[: sum(objects[i].size_bytes for i in positions)]
+        await self._fill(stream, job, data)
+        parts, start = [], 0
+        for i in positions:
+            stop = start + objects[i].size_bytes
+            parts.append((what.object_indices[i], data[start:stop]))
+            start = stop
+        outcomes = await trio.to_thread.run_sync(self._sink.write_small, parts)
+        if not self._stopped:
+            batch = SmallBatch.of(parts, outcomes)
+            self._report.small(self._source, job.request.request_id, batch)
+        if Outcome.REFUSED in outcomes:
+            digest, _ = objects[positions[outcomes.index(Outcome.REFUSED)]]
+            raise HashMismatch(f"the bytes of object {digest.hex()} do not match its hash")
+        job.lacks = job.lacks or len(positions) < len(objects)
 
     async def _receive_head(self, stream: Stream) -> bytes:
         data = bytearray()
@@ -331,7 +388,8 @@ class StreamSource:
                 f"chunk {chunk} of object {found.asked.digest.hex()} does not match its hash"
             )
 
-    async def _fill(self, stream: Stream, job: _Job, data: memoryview) -> None:
+    async def _fill(self, stream: Stream, job: _Job | None, data: memoryview) -> None:
+        """Fill `data` with what comes next; it is progress of a job, or of none."""
         filled = reported = 0
         while filled < len(data):
             if not self._rest:
@@ -340,7 +398,7 @@ class StreamSource:
                 if not self._rest:
                     raise Stalled(f"nothing moved for {self._stall_timeout_s:g} s")
             piece = self._rest[: len(data) - filled]
-            if self._limiter is not None:
+            if self._limiter is not None and job is not None:
                 piece = piece[: self._limiter.slice_bytes]
                 await trio.to_thread.run_sync(
                     self._limiter.take,
@@ -354,7 +412,9 @@ class StreamSource:
             filled += len(piece)
             came = filled - reported
             # A few bytes now and then are a stall, so the planner is not told of them.
-            if not self._stopped and (came >= MIN_PIECE_BYTES or filled == len(data)):
+            if job is None or self._stopped:
+                continue
+            if came >= MIN_PIECE_BYTES or filled == len(data):
                 self._report.progress(self._source, job.request.request_id, came)
                 reported = filled
 
@@ -391,7 +451,7 @@ class StreamSource:
 
     def _take_cut(self, detail: str) -> None:
         """Give up what was on a stream that was cut; the rest gets one more."""
-        lost = dict.fromkeys(job for job, _, _ in self._wire)
+        lost = dict.fromkeys(job for job, _ in self._wire)
         self._disconnect()
         self._cuts += 1
         if self._cuts > 1:
@@ -412,5 +472,5 @@ class StreamSource:
             self._stream.abort()
             self._stream = None
         self._wire.clear()
-        self._wire_bytes = 0
+        self._wire_bytes = self._wire_weight = 0
         self._rest = memoryview(b"")

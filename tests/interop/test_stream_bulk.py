@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio.testing
 
-from tensorswarm.p2p.bulk import http1
+from tensorswarm.p2p.bulk import http1, http1_small
 from tensorswarm.p2p.bulk.stream_server import BULK_STREAM_PROTOCOL, StreamServer
 from tensorswarm.p2p.bulk.stream_source import StreamSource
 from tensorswarm.p2p.host.host import Host, Stream
@@ -102,6 +102,104 @@ def test_everything_comes_once_and_whole() -> None:
             assert sum(count for _, count in it.report.progressed) == len(OBJECT.data) + 1000
             assert server.statistics().bytes_sent == len(OBJECT.data) + 1000
             assert it.report.failures == []
+            source.close()
+
+    run(main)
+
+
+MANY = [make_object(10 + i, 100 + i) for i in range(700)]
+
+
+class ManyScene(Scene):
+    """The same with many small objects."""
+
+    def __init__(self, client: Host, server: Host) -> None:
+        super().__init__(client, server)
+        self.shelf = MemoryShelf(*MANY)
+        self.sink = MemorySink(*MANY)
+
+
+@asynccontextmanager
+async def many_scene() -> AsyncIterator[ManyScene]:
+    async with two_hosts() as (client, server):
+        yield ManyScene(client, server)
+
+
+def all_of_many(number: int) -> Request:
+    return request(number, *((i, 0, 1) for i in range(len(MANY))))
+
+
+def test_many_small_objects_come_together() -> None:
+    async def main() -> None:
+        async with many_scene() as it:
+            server = it.serve()
+            source = it.source()
+            source.submit(all_of_many(1))
+            await it.done(1)
+            assert [it.sink.data_of(i) for i in range(len(MANY))] == [each.data for each in MANY]
+            assert server.statistics().requests == -(-len(MANY) // http1_small.MAX_SMALL_OBJECTS)
+            size_bytes = sum(len(each.data) for each in MANY)
+            assert server.statistics().bytes_sent == size_bytes
+            assert sum(count for _, count in it.report.progressed) == size_bytes
+            source.close()
+
+    run(main)
+
+
+def test_small_objects_that_the_peer_lacks_are_told_of_as_lacking() -> None:
+    async def main() -> None:
+        async with many_scene() as it:
+            it.shelf = MemoryShelf(*MANY[5:])
+            it.serve()
+            source = it.source()
+            source.submit(all_of_many(1))
+            number, failure, _ = await it.failure()
+            assert (number, failure) == (1, Failure.LACKS)
+            assert it.sink.data_of(5) == MANY[5].data
+            source.close()
+
+    run(main)
+
+
+def test_a_false_small_object_ends_the_source_and_true_ones_are_kept() -> None:
+    async def main() -> None:
+        async with many_scene() as it:
+            false = make_object(len(MANY[3].data), 1)._replace(digest=MANY[3].digest)
+            it.shelf = MemoryShelf(*MANY[:3], false, *MANY[4:])
+            it.serve()
+            source = it.source()
+            source.submit(all_of_many(1))
+            number, failure, _ = await it.failure()
+            assert (number, failure) == (None, Failure.BAD_BYTES)
+            assert it.sink.data_of(4) == MANY[4].data
+            assert not it.sink.data_of(3)
+
+    run(main)
+
+
+@pytest.mark.parametrize("size_bytes", [0, http1_small.MAX_SMALL_BYTES + 1])
+def test_a_bad_request_for_small_objects_is_answered_so(size_bytes: int) -> None:
+    async def main() -> None:
+        async with many_scene() as it:
+            it.serve()
+            stream = await it.open_stream()
+            body = MANY[0].digest + size_bytes.to_bytes(8, "big")
+            head = b"POST /small HTTP/1.1\r\nHost: x\r\nContent-Length: 40\r\n\r\n"
+            assert (await exchange(stream, head + body)).startswith(b"HTTP/1.1 400 ")
+
+    run(main)
+
+
+def test_small_objects_that_others_may_have_are_not_given() -> None:
+    async def main() -> None:
+        async with many_scene() as it:
+            server = it.serve()
+            server.may_have = lambda _peer, digest: digest != MANY[0].digest
+            source = it.source()
+            source.submit(all_of_many(1))
+            number, failure, _ = await it.failure()
+            assert (number, failure) == (1, Failure.LACKS)
+            assert not it.sink.data_of(0)
             source.close()
 
     run(main)
