@@ -386,24 +386,25 @@ class Fetch:
     async def _keep_searching(
         self, download: Download, keys: Sequence[bytes], digests: Sequence[bytes]
     ) -> None:
-        fruitless = 0
+        fruitless = rounds = 0
         pause = MEET_OTHERS_PAUSE_S if self._options.origins else MORE_PEERS_PAUSE_S
         next_round = trio.current_time() + pause
         while True:
             lacking = sorted(download.lacking(), key=download.missing_bytes_of, reverse=True)
             if lacking:
-                fruitless += 1
-                download.search_is_over = fruitless > FRUITLESS_ROUNDS
-                await trio.sleep(pause_s(fruitless - 1))
+                download.search_is_over = fruitless >= FRUITLESS_ROUNDS
+                await trio.sleep(pause_s(rounds))
+                rounds += 1
             else:
-                fruitless = 0
+                fruitless = rounds = 0
                 download.search_is_over = False
                 await trio.sleep(LOOK_INTERVAL_S)
                 if trio.current_time() < next_round:
                     continue
-            count = 1 if fruitless == 1 else LARGEST_LACKING
+            count = 1 if rounds == 1 else LARGEST_LACKING
             largest = [digests[index] for index in lacking[:count]]
-            await self._search.round([*keys, *largest], widely=bool(lacking))
+            is_whole = await self._search.round([*keys, *largest], widely=bool(lacking))
+            fruitless += is_whole and bool(lacking)
             pause = min(2 * pause, MORE_PEERS_PAUSE_S)
             next_round = trio.current_time() + pause
 

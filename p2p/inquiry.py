@@ -96,17 +96,18 @@ class Inquiry:
             Nobody was reached in time.
         """
         deadline = trio.current_time() + self._timeout_s
-        number = 0
+        number = fruitless = 0
         while True:
             answer = await self._ask_all(ask)
             if answer is not None:
                 return answer
             with trio.move_on_at(deadline):
-                await self._search.round(in_turn(keys, number), widely=number > 0)
+                is_whole = await self._search.round(in_turn(keys, number), widely=number > 0)
                 answer = await self._ask_all(ask)
                 if answer is not None:
                     return answer
-            self._consider_giving_up(number, deadline, what)
+                fruitless += is_whole
+            self._consider_giving_up(fruitless, deadline, what)
             with trio.move_on_at(deadline):
                 await trio.sleep(pause_s(number))
             number += 1
@@ -159,12 +160,12 @@ class Inquiry:
                     nursery.start_soon(ask_one, neighbour, nursery.cancel_scope)
         return answers[0] if answers else None
 
-    def _consider_giving_up(self, number: int, deadline: float, what: str) -> None:
+    def _consider_giving_up(self, fruitless: int, deadline: float, what: str) -> None:
         reasons = self._search.failure_text()
         tail = f" ({reasons})" if reasons else ""
         late = trio.current_time() >= deadline
         if self.network_answers():
-            if late or number + 1 >= FRUITLESS_ROUNDS:
+            if late or fruitless >= FRUITLESS_ROUNDS:
                 if self._refused:
                     raise Refused(
                         f"{what} was refused: the peers that could be asked do not have it, or "

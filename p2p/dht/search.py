@@ -74,7 +74,7 @@ class Search:
         self._dials = trio.CapacityLimiter(MAX_PARALLEL_DIALS)
         self.failures: dict[str, str] = {}
 
-    async def round(self, keys: Sequence[bytes], *, widely: bool = False) -> None:
+    async def round(self, keys: Sequence[bytes], *, widely: bool = False) -> bool:
         """Look everywhere once, and meet those found; returns after `ROUND_TIMEOUT_S` at most.
 
         Parameters
@@ -83,8 +83,14 @@ class Search:
             Digests to look for, most important first.
         widely : bool
             Also ask neighbours for peers of which nothing is known.
+
+        Returns
+        -------
+        bool
+            Whether everybody asked has answered, or failed, in that time. What was not
+            found then is not there; on a busy machine a round may well be cut short.
         """
-        with trio.move_on_after(ROUND_TIMEOUT_S):
+        with trio.move_on_after(ROUND_TIMEOUT_S) as limit:
             async with trio.open_nursery() as nursery:
                 for peer in self._bootstrap:
                     nursery.start_soon(self.meet, peer)
@@ -94,6 +100,7 @@ class Search:
                 for neighbour in self._neighbours.all():
                     topic = b"" if widely else keys[0]
                     nursery.start_soon(self._ask_neighbour, neighbour.peer_id, topic, nursery)
+        return not limit.cancelled_caught
 
     async def ask_neighbour(self, peer_id: str, key: bytes) -> None:
         """Ask one neighbour who else holds or wants something, and meet them."""

@@ -26,6 +26,10 @@ from tests.support.swarm_processes import Node, Processes
 
 pytestmark = pytest.mark.e2e
 
+RATE = 6 * MIB
+"""Bytes per second of each of three sources: slow enough that MiniLM (87 MiB) is not there
+before the last of them has been found, on the busiest machine."""
+
 LAYER = "encoder.layer.5.*"
 """The layer that the fine-tune changed: one of MiniLM's six."""
 
@@ -44,10 +48,11 @@ def test_two_peers_and_an_origin_then_only_who_fetched(
     models = [add(processes, original, store, "--no-copy") for store in stores]
     ref = models[0].id
     assert models[1].id == ref
-    nodes = [processes.start_node(store) for store in stores]
+    limit = ("--upload-limit", f"{RATE // MIB}MiB/s")
+    nodes = [processes.start_node(store, *limit) for store in stores]
     for node in nodes:
         node.wait_ready()
-    origin = processes.nginx(original)
+    origin = processes.nginx(original, limit_rate=RATE)
 
     third = tmp_path / "store-3"
     result = processes.fetch(

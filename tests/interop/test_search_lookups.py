@@ -77,6 +77,25 @@ class NobodyThere:
         raise NoSource("nobody is there")
 
 
+def test_a_round_that_was_cut_short_has_not_looked_everywhere() -> None:
+    class Silent(NobodyThere):
+        def all(self) -> list[object]:
+            return []
+
+        async def meet(self, peer: PeerAddress) -> None:
+            if peer.addrs:
+                await trio.sleep_forever()
+            await super().meet(peer)
+
+    async def main() -> None:
+        refusing, silent = PeerAddress(NOBODY, ()), PeerAddress(NOBODY, ("/ip4/192.0.2.1/tcp/1",))
+        for peer, is_whole in ((refusing, True), (silent, False)):
+            search = Search(Silent(), None, [peer])  # type: ignore[arg-type]
+            assert await search.round([]) is is_whole
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
 def test_who_cannot_be_reached_is_tried_ever_more_rarely() -> None:
     async def main() -> None:
         neighbours = NobodyThere()
