@@ -40,20 +40,13 @@ class _WithLists(HashingTaker):
 
 def _stamps_of(path: Path, progress: Progress) -> dict[str, stamps.Stamped]:
     """Hash a file's tensors, and those in the files that it names, and say what they are."""
-    found = [(path, path.name)]
-    with disk_errors(f"cannot read {path}"), path.open("rb") as file:
-        descriptor = file.fileno()
-        names = companions(
-            path.name,
-            os.fstat(descriptor).st_size,
-            lambda offset, length: os.pread(descriptor, length, offset),
-        )
-    sources = sources_of(found + [(path.parent / name, name) for name in names])
+    sources = _sources(path)
     manifest, lists = _describe(sources, progress)
     layouts = {source.name: source.layout for source in sources}
     pieces = pieces_made_of(layouts)
     made = _made_parts(manifest)
     tensors: dict[str, stamps.Stamped] = {}
+    ambiguous: set[str] = set()
     for entry in manifest.files:
         parts_of = {
             held.name: pieces.get(absolute(held.content, entry.path), [])
@@ -66,10 +59,31 @@ def _stamps_of(path: Path, progress: Progress) -> dict[str, stamps.Stamped]:
             if not item.size_bytes:
                 continue
             parts = [made.get(piece, b"") for piece in parts_of.get(tensor.name, ())]
-            tensors[tensor.name] = stamps.Stamped(
+            told = stamps.Stamped(
                 item.digest, lists.get(item.chunk_list, b""), tuple(parts) if all(parts) else ()
             )
-    return tensors
+            if tensors.setdefault(tensor.name, told) != told:
+                ambiguous.add(tensor.name)  # a name that two files use for different tensors
+    return {name: told for name, told in tensors.items() if name not in ambiguous}
+
+
+def _sources(path: Path) -> list[Source]:
+    """Return a file and those that it names, or a folder's files."""
+    if path.is_dir():
+        return read_sources([path])
+    try:
+        with path.open("rb") as file:
+            descriptor = file.fileno()
+            names = companions(
+                path.name,
+                os.fstat(descriptor).st_size,
+                lambda offset, length: os.pread(descriptor, length, offset),
+            )
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read: {error.strerror}") from error
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from error
+    return sources_of([(path, path.name), *((path.parent / name, name) for name in names)])
 
 
 def _made_parts(manifest: Manifest) -> dict[Extent, bytes]:
@@ -90,12 +104,14 @@ def describe_with_lists(
 ) -> tuple[Manifest, dict[bytes, bytes]]:
     """Return the manifest of a file or folder, and its chunk lists by their digests.
 
+    With a file come those that it names: shards, external data.
+
     Raises
     ------
     BadInput
         It cannot be read, or is malformed.
     """
-    return _describe(read_sources([path]), progress)
+    return _describe(_sources(path), progress)
 
 
 def _describe(sources: Sequence[Source], progress: Progress) -> tuple[Manifest, dict[bytes, bytes]]:

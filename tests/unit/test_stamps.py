@@ -217,6 +217,26 @@ def test_no_byte_is_asked_for_twice(reads: list[tuple[int, int]]) -> None:
     assert sorted(asked) == sorted({at for start, n in reads for at in range(start, start + n)})
 
 
+def test_a_name_that_two_shards_use_is_not_stamped(tmp_path: Path) -> None:
+    for number in (1, 2):
+        write_safetensors(tmp_path, {"a": ARRAYS["small"] + number, f"b{number}": ARRAYS["small"]})
+        (tmp_path / "model.safetensors").rename(tmp_path / f"{number}.safetensors")
+    index = {"weight_map": {"b1": "1.safetensors", "b2": "2.safetensors"}}
+    (tmp_path / "m.safetensors.index.json").write_text(json.dumps(index))
+    stamp_file(tmp_path / "m.safetensors.index.json", tmp_path / "out.json")
+    document = json.loads((tmp_path / "out.json").read_text())
+    assert sorted(document["tensorswarm"]["tensors"]) == ["b1", "b2"]
+
+
+def test_sidecar_of_a_file_covers_those_that_it_names(tmp_path: Path) -> None:
+    write_tfjs(tmp_path, ARRAYS, shard_bytes=1_000_003)
+    manifest, _ = describe_with_lists(tmp_path / "model.json")
+    assert manifest == describe_paths([tmp_path])
+    (tmp_path / "group1-shard2of3.bin").unlink()
+    with pytest.raises(BadInput, match="shard2of3.bin: cannot be read"):
+        describe_with_lists(tmp_path / "model.json")
+
+
 def test_a_stamp_that_saves_nothing_is_not_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
