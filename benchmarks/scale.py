@@ -190,12 +190,15 @@ class _MadeUpPeer:
         }
 
     async def want(self, digests: Sequence[bytes]) -> None:
+        import trio
+
         from tensorswarm.p2p.control import wire
         from tensorswarm.store.digest import CHUNK_SIZE
 
         size = CHUNKS_PER_TENSOR * CHUNK_SIZE
         reader = wire.FrameReader()
         for frame in wire.fit_have(1, [wire.HaveEntry(d, size, None, b"") for d in digests]):
+            await trio.lowlevel.checkpoint()  # frames come off a stream one by one
             reader.feed(wire.encode(frame))
             while (message := reader.next_message()) is not None:
                 assert isinstance(message, wire.Have)

@@ -60,6 +60,10 @@ others share it with us once we meet."""
 LOOK_INTERVAL_S = 0.5
 """How often it is looked whether something lacks a source, while nothing does."""
 
+FIRST_DIGESTS = 4096
+"""Objects that a neighbour is asked about before the download begins; of the others it tells
+while it gives."""
+
 LARGEST_LACKING = 3
 """Tensors without a source that are looked up in one round, largest first. The first
 round looks for one alone: whoever has the largest usually has the others too, as with a
@@ -364,21 +368,23 @@ class Fetch:
         neighbours = self._services.neighbours
         everything = [*keys, *digests]
         async with trio.open_nursery() as nursery:
-            asking = nursery
+            asking = later = nursery
 
             def joined(peer_id: str) -> None:
                 download.search_is_over = False
-                asking.start_soon(self._introduce, peer_id, everything)
+                asking.start_soon(self._introduce, peer_id, everything, later)
 
             neighbours.joined.append(joined)
             try:
-                async with trio.open_nursery() as first:
-                    asking = first
-                    for neighbour in neighbours.all():
-                        first.start_soon(self._introduce, neighbour.peer_id, everything)
-                    first.start_soon(self._search.round, keys)
-                asking = nursery
-                settled.set()
+                async with trio.open_nursery() as later:
+                    async with trio.open_nursery() as first:
+                        asking = first
+                        for each in neighbours.all():
+                            first.start_soon(self._introduce, each.peer_id, everything, later)
+                        first.start_soon(self._search.round, keys)
+                    asking = later
+                    settled.set()
+                asking = later = nursery
                 await self._keep_searching(download, keys, digests)
             finally:
                 neighbours.joined.remove(joined)
@@ -408,21 +414,29 @@ class Fetch:
             pause = min(2 * pause, MORE_PEERS_PAUSE_S)
             next_round = trio.current_time() + pause
 
-    async def _introduce(self, peer_id: str, digests: Sequence[bytes]) -> None:
+    async def _introduce(self, peer_id: str, digests: Sequence[bytes], later: trio.Nursery) -> None:
         """Tell a neighbour what we want, and then ask it who else does.
 
         In this order: of two that begin at the same moment and share a neighbour, at
-        least one is then told of the other.
+        least one is then told of the other. Of many digests it is told the first, which are
+        enough to begin with, and the others in a task of `later`.
         """
         neighbour = self._services.neighbours.get(peer_id)
         if neighbour is None or peer_id in self._inquiry.distrusted:
             return
+        if not await self._want(neighbour, digests[:FIRST_DIGESTS]):
+            return
+        if len(digests) > FIRST_DIGESTS:
+            later.start_soon(self._want, neighbour, digests[FIRST_DIGESTS:])
+        await self._search.ask_neighbour(peer_id, digests[0])
+
+    async def _want(self, neighbour: Neighbour, digests: Sequence[bytes]) -> bool:
         try:
             await neighbour.want(digests)
         except RemoteError as error:
-            self._search.note_failure(peer_id, error)
-            return
-        await self._search.ask_neighbour(peer_id, digests[0])
+            self._search.note_failure(neighbour.peer_id, error)
+            return False
+        return True
 
     async def _unsubscribe(self, digests: Sequence[bytes]) -> None:
         for neighbour in self._services.neighbours.all():
