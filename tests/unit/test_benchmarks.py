@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +13,7 @@ from benchmarks.contenders import Measurement
 from benchmarks.one_source import summary, targets_of
 from benchmarks.profile_one_source import parse_samples
 from benchmarks.report import Target, document, emit, figure, spread, table
+from tests.support.store_world import DEADLINE_S
 
 
 def test_the_median_of_an_even_number_lies_between_the_middle_two() -> None:
@@ -92,3 +96,11 @@ def test_samples_are_counted_by_library_and_function() -> None:
         ("blake3", "blake3_hash_many"): 1,
         ("libcrypto", "[unknown]"): 1,
     }
+
+
+def test_the_scale_benchmark_still_drives_a_fetch(tmp_path: Path) -> None:
+    """Its made-up neighbour stands in for real ones, and has to know what they know."""
+    command = [sys.executable, "-m", "benchmarks.scale", "--one", "3000", "--folder", str(tmp_path)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=DEADLINE_S)
+    figures = json.loads(done.stdout)
+    assert all(figures[name] > 0 for name in ("start_s", "chunk_us", "memory_bytes"))
