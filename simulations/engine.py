@@ -11,8 +11,13 @@ import heapq
 import struct
 from collections.abc import Callable
 from hashlib import blake2b
+from typing import Any
 
-Event = Callable[[], None]
+Event = Callable[..., None]
+
+SLOTS_PER_S = 1024
+"""Slots of time in a second. Only the events of the present slot stand in a heap, which so
+stays small however many nodes there are; those of later slots wait in plain lists."""
 
 
 class Engine:
@@ -29,29 +34,49 @@ class Engine:
     def __init__(self) -> None:
         self.now = 0.0
         self.event_count = 0
-        self._queue: list[tuple[float, int, Event]] = []
         self._number = 0
+        self._slot = 0
+        self._present: list[tuple[float, int, Event, tuple[Any, ...]]] = []
+        self._later: dict[int, list[tuple[float, int, Event, tuple[Any, ...]]]] = {}
+        self._later_slots: list[int] = []
 
-    def at(self, time: float, event: Event) -> None:
+    def at(self, time: float, event: Event, *args: Any) -> None:
         """Let something happen at a time; at once if that has passed."""
         self._number += 1
-        heapq.heappush(self._queue, (max(time, self.now), self._number, event))
+        if time < self.now:
+            time = self.now
+        entry = (time, self._number, event, args)
+        slot = int(time * SLOTS_PER_S)
+        if slot <= self._slot:
+            heapq.heappush(self._present, entry)
+            return
+        waiting = self._later.get(slot)
+        if waiting is not None:
+            waiting.append(entry)
+        else:
+            self._later[slot] = [entry]
+            heapq.heappush(self._later_slots, slot)
 
-    def after(self, delay_s: float, event: Event) -> None:
+    def after(self, delay_s: float, event: Event, *args: Any) -> None:
         """Let something happen after a delay."""
-        self.at(self.now + delay_s, event)
+        self.at(self.now + delay_s, event, *args)
 
     def run(self, until: float, is_over: Callable[[], bool]) -> None:
         """Let events happen until it is over, none is left, or a time has come."""
-        queue = self._queue
-        while queue and not is_over():
-            time, _, event = heapq.heappop(queue)
-            if time > until:
+        present = self._present
+        while not is_over():
+            if not present:
+                if not self._later_slots:
+                    return
+                self._slot = heapq.heappop(self._later_slots)
+                present += self._later.pop(self._slot)
+                heapq.heapify(present)
+            if present[0][0] > until:
                 self.now = until
                 return
-            self.now = time
+            self.now, _, event, args = heapq.heappop(present)
             self.event_count += 1
-            event()
+            event(*args)
 
 
 class Trace:

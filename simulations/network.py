@@ -4,7 +4,7 @@ Rates are max-min fair (Bertsekas & Gallager, Data Networks, 6.5.2): raise all f
 together, freeze those through a link that is full, and go on with the others. When a flow
 begins or ends, only the flows that share a link with it, directly or through others, are
 worked out again. A link without a limit connects nothing; so with free downlinks this is
-an equal share of each uplink, and costs as little.
+an equal share of each uplink, which is worked out without looking further.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ class Link:
         Its rate; infinity for no limit.
     """
 
-    __slots__ = ("bytes_per_s", "flows", "sent_bytes")
+    __slots__ = ("bytes_per_s", "flows", "joint_flows", "sent_bytes")
 
     def __init__(self, bytes_per_s: float) -> None:
         self.bytes_per_s = bytes_per_s
         self.flows: dict[Flow, None] = {}
+        self.joint_flows = 0  # those that go through another limited link, too
         self.sent_bytes = 0.0
 
 
@@ -65,6 +66,7 @@ class Network:
         flow.since = self._engine.now
         for link in links:
             link.flows[flow] = None
+            link.joint_flows += len(links) > 1
         self._share(flow)
         return flow
 
@@ -76,7 +78,8 @@ class Network:
         if flow.version != version:
             return
         self._leave(flow)
-        flow.done()
+        done, flow.done = flow.done, _nothing  # it holds the flow, too
+        done()
 
     def _leave(self, flow: Flow) -> None:
         if flow.version < 0:
@@ -86,6 +89,7 @@ class Network:
         for link in flow.links:
             link.sent_bytes += sent_bytes
             del link.flows[flow]
+            link.joint_flows -= len(flow.links) > 1
         for link in flow.links:
             other = next(iter(link.flows), None)
             if other is not None:
@@ -95,6 +99,12 @@ class Network:
         """Work out the rates of all flows that hang together with one."""
         if not start.links:
             self._set_rate(start, math.inf)
+            return
+        first = start.links[0]
+        if len(start.links) == 1 and not first.joint_flows:
+            rate = first.bytes_per_s / len(first.flows)
+            for flow in first.flows:
+                self._set_rate(flow, rate)
             return
         flows, links = _component(start)
         room = {link: link.bytes_per_s for link in links}
@@ -124,10 +134,13 @@ class Network:
         flow.since = now
         flow.rate = rate
         flow.version += 1
-        version = flow.version
         wait_s = max(0.0, flow.left_bytes) / rate if rate else math.inf
         if wait_s < math.inf:
-            self._engine.after(wait_s, lambda: self._finish(flow, version))
+            self._engine.after(wait_s, self._finish, flow, flow.version)
+
+
+def _nothing() -> None:
+    """Stand in for what is called once."""
 
 
 def _component(start: Flow) -> tuple[list[Flow], list[Link]]:

@@ -11,6 +11,7 @@ import math
 import random
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from tensorswarm.p2p.control import wire
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 
 PROGRESS_S = 1.0
 """How often bytes are reported of a chunk that is still on its way."""
+
+ROSTER = 32
+"""Members by rank that the planner is told of: whoever ranks behind them is as patient as
+it may be (`PlannerLimits.duty_longest_s`)."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +155,9 @@ class SimulatedPeer:
         self._acting_at: float | None = None
         self._offers_at = float("inf")
         self._roster_due = False
+        self._roster: list[str] | None = None
+        self._answer = wire.Peers(1, ())
+        self._answer_until = 0.0
         self.in_flight: dict[tuple[str, int], set[tuple[int, int]]] = {}
         self.wants = world.everything if nature.wants is None else nature.wants
         self.planner = None
@@ -170,7 +178,7 @@ class SimulatedPeer:
         world, now = self.world, self.world.engine.now
         self.is_present = True
         self.moved_at = now
-        world.present[self.name] = self
+        world.come(self)
         self._discover()
         if self.planner is not None and world.origin is not None:
             world.engine.after(world.setup.settle_s, self._use_origin)
@@ -189,7 +197,7 @@ class SimulatedPeer:
         if not self.is_present:
             return
         self.is_present = False
-        self.world.present.pop(self.name, None)
+        self.world.go(self)
         for known in list(self.neighbours.values()):
             self.world.disconnect(self, known.peer)
         if self.world.origin is not None:
@@ -207,15 +215,19 @@ class SimulatedPeer:
         now, setup = self.world.engine.now, self.world.setup
         self._dial()
         if self.nature.is_honest:
-            for known in list(self.neighbours.values()):
-                self.send(known.peer, wire.GetPeers(1, self.world.key))
-        is_young = now < self.nature.starts_at + 4 * setup.exchange_soon_s
+            asked = len(self.neighbours)
+            if not self.membership.is_on_duty(now):
+                asked = min(setup.exchange_asked, asked)
+            for name in self.rng.sample(list(self.neighbours), asked):
+                self.send(self.neighbours[name].peer, wire.GetPeers(1, self.world.key))
+        age_s = now - self.nature.starts_at
+        is_young = age_s < 4 * setup.exchange_soon_s
         if not is_young:
             self._discover()
         if now > self.nature.starts_at + setup.exchange_s:
             self._exchange_one()
         if self.finished_at is None or is_young:
-            pause_s = setup.exchange_soon_s if is_young else setup.exchange_s
+            pause_s = min(max(setup.exchange_soon_s, age_s / 2), setup.exchange_s)
             self.world.engine.after(pause_s, self._look_round)
 
     def _dial(self) -> None:
@@ -294,11 +306,14 @@ class SimulatedPeer:
         self._roster_due = False
         if self.planner is not None and self.world.setup.is_duty_shared:
             now = self.world.engine.now
-            members = [
-                name
-                for name in self.membership.on_call(now)
-                if self.world.by_name[name].wants == self.wants
-            ]
+            by_name = self.world.by_name
+            alike = (
+                name for name in self.membership.on_call(now) if by_name[name].wants == self.wants
+            )
+            members = list(islice(alike, ROSTER))
+            if members == self._roster:
+                return
+            self._roster = members
             self.is_sharing = bool(members)
             self.planner.set_members(now, self.world.key, self.name, members)
             self.act_soon()
@@ -321,9 +336,12 @@ class SimulatedPeer:
                 self.send(sender, wire.Have(message.request_id, self._entries(), last=True))
             case wire.GetPeers():
                 now = self.world.engine.now
-                names = self.membership.to_tell(now, sender.name)
-                entries = tuple(wire.PeerEntry(name, ("/sim",)) for name in names)
-                self.send(sender, wire.Peers(message.request_id, entries))
+                if now >= self._answer_until:
+                    self._answer_until = now + self.world.setup.exchange_soon_s
+                    names = self.membership.to_tell(now)
+                    entries = tuple(wire.PeerEntry(name, ("/sim",)) for name in names)
+                    self._answer = wire.Peers(message.request_id, entries)
+                self.send(sender, self._answer)
             case wire.Offer():
                 if self.planner is not None:
                     now = self.world.engine.now
@@ -356,22 +374,22 @@ class SimulatedPeer:
             bitmap = entry.bitmap
             mask = self.world.everything if bitmap is None else int.from_bytes(bitmap, "little")
             known.mask |= mask
-            if not known.peer.wants & ~known.mask:
-                self.membership.finished(known.peer.name)
+            peer, planner = known.peer, self.planner
+            if not peer.wants & ~known.mask:
+                self.membership.finished(peer.name)
                 self._roster_changed()
-            if self.world.setup.makes_offers and known.peer.planner is not None:
-                self.slots.peer_has(known.peer.name, mask)
-            if self.planner is not None:
-                self.planner.source_holds(self.world.engine.now, known.peer.name, 0, bitmap)
-                self.act_soon()
+            is_served = self.world.setup.makes_offers and peer.planner is not None
+            if is_served and self.slots.peer_has(peer.name, mask):
+                self._begin_serving()
+            if planner is not None and not planner.is_done():
+                planner.source_holds(self.world.engine.now, peer.name, 0, bitmap)
+                self._act_if_due()
 
     def _tell(self) -> None:
         """Tell neighbours what is new, in one message for all that came meanwhile."""
         self._news_due = False
         self._told_at = self.world.engine.now
-        others = [
-            known.peer for known in self.neighbours.values() if known.mask != self.world.everything
-        ]
+        others = [known.peer for known in self.neighbours.values()]
         if others and self.is_present:
             self.world.deliver(self, others, wire.Have(0, self._entries(), last=True))
 
@@ -382,6 +400,10 @@ class SimulatedPeer:
         if self._acting_at is None and self.planner is not None:
             self._acting_at = self.world.engine.now + self.world.setup.tick_s
             self.world.engine.at(self._acting_at, self._act)
+
+    def _act_if_due(self) -> None:
+        if self._acting_at is None and self.planner is not None and self.planner.has_news:
+            self.act_soon()
 
     def _act(self) -> None:
         self._acting_at = None
@@ -494,7 +516,7 @@ class SimulatedPeer:
             if known is not None:
                 known.asked.pop(request.request_id, None)
             planner.request_done(now, source, request.request_id)
-        self.act_soon()
+        self._act_if_due()
 
     def _proved(self, bit: int) -> None:
         engine = self.world.engine

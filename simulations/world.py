@@ -8,6 +8,7 @@ its bytes are the same for all.
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,9 @@ from .checker import Checker
 from .engine import Engine, Trace
 from .network import Flow, Link, Network
 from .peer import PROGRESS_S, Nature, SimulatedPeer, chunks_of
+
+MAX_FRAMED = 4096
+"""Messages remembered together with what their frames say."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,10 @@ class Setup:
     have_batch_s : float
         Least time between two have-messages of a node.
     exchange_soon_s, exchange_s : float
-        Pauses between rounds of peer exchange: for the first few, and later.
+        Pauses between rounds of peer exchange: the shortest, and the longest. They grow
+        with a node's age.
+    exchange_asked : int
+        Neighbours asked in each round; who is on duty asks all.
     roster_s : float
         Time until the planner hears of a change of members.
     discovered : int
@@ -75,6 +82,7 @@ class Setup:
     have_batch_s: float = 0.02
     exchange_soon_s: float = 0.04
     exchange_s: float = 5.0
+    exchange_asked: int = 3
     roster_s: float = 0.02
     discovered: int = 20
     limit_s: float = 100_000.0
@@ -156,11 +164,14 @@ class World:
         self.checker = Checker(self)
         self.peers = [SimulatedPeer(self, i, nature) for i, nature in enumerate(natures)]
         self.by_name = {peer.name: peer for peer in self.peers}
-        self.present: dict[str, SimulatedPeer] = {}
+        self.present: dict[str, int] = {}  # and the place of each in `_shown`
+        self._shown: list[str] = []
         self.unfinished = 0
         self.on_finished: list[Callable[[SimulatedPeer], None]] = []
         self.groups: dict[str, int] = {}
         self._wakes: dict[str, float] = {}
+        self._reader = wire.FrameReader()
+        self._framed: dict[wire.Message, wire.Message] = {}
         for peer in self.peers:
             self.engine.at(peer.nature.starts_at, peer.start)
             if peer.nature.leaves_at < float("inf"):
@@ -178,7 +189,14 @@ class World:
 
     def run(self) -> None:
         """Run until everybody who must has finished."""
-        self.engine.run(self.setup.limit_s, lambda: not self.unfinished)
+        thresholds = gc.get_threshold()
+        gc.freeze()
+        gc.set_threshold(200_000, *thresholds[1:])  # nearly nothing is left to the collector
+        try:
+            self.engine.run(self.setup.limit_s, lambda: not self.unfinished)
+        finally:
+            gc.set_threshold(*thresholds)
+            gc.unfreeze()
         self.checker.ended()
 
     def finished(self, peer: SimulatedPeer) -> None:
@@ -202,13 +220,12 @@ class World:
             return
         deadline = max(deadline, self.engine.now + self.setup.tick_s)
         self._wakes[peer.name] = deadline
+        self.engine.at(deadline, self._wake, peer, deadline)
 
-        def wake() -> None:
-            if self._wakes.get(peer.name) == deadline:
-                del self._wakes[peer.name]
-                peer.woken()
-
-        self.engine.at(deadline, wake)
+    def _wake(self, peer: SimulatedPeer, deadline: float) -> None:
+        if self._wakes.get(peer.name) == deadline:
+            del self._wakes[peer.name]
+            peer.woken()
 
     def bitmap(self, mask: int) -> bytes:
         """Return a set of chunks as the bitmap of a have-message."""
@@ -218,8 +235,22 @@ class World:
 
     def discover(self, peer: SimulatedPeer, count: int) -> list[str]:
         """Return some of those who are there, as a DHT would name them."""
-        names = [name for name in self.present if name != peer.name]
-        return self.rng.sample(names, min(count, len(names)))
+        shown = self.rng.sample(self._shown, min(count + 1, len(self._shown)))
+        return [name for name in shown if name != peer.name][:count]
+
+    def come(self, peer: SimulatedPeer) -> None:
+        """Note that a node is there."""
+        self.present[peer.name] = len(self._shown)
+        self._shown.append(peer.name)
+
+    def go(self, peer: SimulatedPeer) -> None:
+        """Note that a node is there no more."""
+        place = self.present.pop(peer.name, None)
+        if place is not None:
+            last = self._shown.pop()
+            if last != peer.name:
+                self._shown[place] = last
+                self.present[last] = place
 
     def can_dial(self, peer: SimulatedPeer, other: SimulatedPeer) -> bool:
         """Tell whether a node can open a connection to another."""
@@ -231,25 +262,24 @@ class World:
 
     def dial(self, peer: SimulatedPeer, name: str) -> None:
         """Let a node connect to another: both hear of it after a round trip."""
+        self.engine.after(2 * self.setup.latency_s, self._answer_dial, peer, name)
 
-        def answered() -> None:
-            other = self.by_name[name]
-            limits = self.setup.membership
-            if not peer.is_present:
-                return
-            if not self.can_dial(peer, other) or peer.name in other.banned:
-                peer.dial_failed(name, is_full=False)
-                return
-            most = limits.max_neighbours * (
-                1 + other.membership.is_colleague(self.engine.now, peer.name)
-            )
-            if len(other.neighbours) >= most and peer.name not in other.neighbours:
+    def _answer_dial(self, peer: SimulatedPeer, name: str) -> None:
+        other = self.by_name[name]
+        limits = self.setup.membership
+        if not peer.is_present:
+            return
+        if not self.can_dial(peer, other) or peer.name in other.banned:
+            peer.dial_failed(name, is_full=False)
+            return
+        count = len(other.neighbours)
+        if count >= limits.max_neighbours and peer.name not in other.neighbours:
+            is_colleague = other.membership.is_colleague(self.engine.now, peer.name)
+            if not is_colleague or count >= 2 * limits.max_neighbours:
                 peer.dial_failed(name, is_full=True)
                 return
-            other.connected(peer)
-            peer.connected(other)
-
-        self.engine.after(2 * self.setup.latency_s, answered)
+        other.connected(peer)
+        peer.connected(other)
 
     def disconnect(
         self, peer: SimulatedPeer, other: SimulatedPeer, *, is_polite: bool = False
@@ -272,16 +302,27 @@ class World:
         self, sender: SimulatedPeer, receivers: Sequence[SimulatedPeer], message: wire.Message
     ) -> None:
         """Send a message as its frame; who receives it gets what the frame says."""
-        reader = wire.FrameReader()
-        reader.feed(wire.encode(message))
-        received = reader.next_message()
-        assert received is not None
+        self.engine.after(
+            self.setup.latency_s, self._arrive, sender, receivers, self.framed(message)
+        )
 
-        def arrive() -> None:
-            for receiver in receivers:
-                receiver.receive(sender, received)
+    def framed(self, message: wire.Message) -> wire.Message:
+        """Return what a receiver makes of a message's frame; equal ones are read once."""
+        received = self._framed.get(message)
+        if received is None:
+            self._reader.feed(wire.encode(message))
+            received = self._reader.next_message()
+            assert received is not None
+            if len(self._framed) >= MAX_FRAMED:
+                self._framed.clear()
+            self._framed[message] = received
+        return received
 
-        self.engine.after(self.setup.latency_s, arrive)
+    def _arrive(
+        self, sender: SimulatedPeer, receivers: Sequence[SimulatedPeer], message: wire.Message
+    ) -> None:
+        for receiver in receivers:
+            receiver.receive(sender, message)
 
     def transfer(
         self,
@@ -296,26 +337,59 @@ class World:
         after: Callable[[], None],
     ) -> Flow:
         """Send one chunk; `after` is called when the last byte has left."""
+        transfer = Transfer(self.engine, asker, source, request, chunk, is_good, is_last)
         latency_s = self.setup.latency_s
 
         def left() -> None:
-            self.engine.after(
-                latency_s,
-                lambda: asker.arrived(source, request, chunk, is_good=is_good, is_last=is_last),
-            )
+            self.engine.after(latency_s, transfer.arrive)
             after()
 
-        flow = self.network.send(uplink, asker.downlink, CHUNK_SIZE, left)
-        told_bytes = 0
+        transfer.flow = self.network.send(uplink, asker.downlink, CHUNK_SIZE, left)
+        self.engine.after(PROGRESS_S, transfer.report)
+        return transfer.flow
 
-        def report() -> None:
-            nonlocal told_bytes
-            if flow.version < 0:
-                return
-            gone = CHUNK_SIZE - flow.left_bytes + flow.rate * (self.engine.now - flow.since)
-            asker.progressed(source, request.request_id, int(gone) - told_bytes)
-            told_bytes = int(gone)
-            self.engine.after(PROGRESS_S, report)
 
-        self.engine.after(PROGRESS_S, report)
-        return flow
+class Transfer:
+    """One chunk on its way to whoever asked for it."""
+
+    __slots__ = (
+        "_asker", "_chunk", "_engine", "_is_good", "_is_last", "_request", "_source",
+        "_told_bytes", "flow",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        engine: Engine,
+        asker: SimulatedPeer,
+        source: str,
+        request: Request,
+        chunk: tuple[int, int],
+        is_good: bool,
+        is_last: bool,
+    ) -> None:
+        self._engine = engine
+        self._asker = asker
+        self._source = source
+        self._request = request
+        self._chunk = chunk
+        self._is_good = is_good
+        self._is_last = is_last
+        self._told_bytes = 0
+        self.flow: Flow | None = None
+
+    def arrive(self) -> None:
+        """Give the asker the whole chunk."""
+        self._asker.arrived(
+            self._source, self._request, self._chunk, is_good=self._is_good, is_last=self._is_last
+        )
+
+    def report(self) -> None:
+        """Tell the asker, now and then, how much is there."""
+        flow, engine = self.flow, self._engine
+        if flow is None or flow.version < 0:
+            return
+        gone = CHUNK_SIZE - flow.left_bytes + flow.rate * (engine.now - flow.since)
+        new_bytes = int(gone) - self._told_bytes
+        self._told_bytes += new_bytes
+        self._asker.progressed(self._source, self._request.request_id, new_bytes)
+        engine.after(PROGRESS_S, self.report)

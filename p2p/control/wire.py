@@ -319,6 +319,11 @@ _PARSERS: dict[int, Callable[[Fields], Message]] = {
     )
 }
 
+_FIELDS: dict[int, tuple[str, ...]] = {
+    kind: tuple(field.name for field in fields(parse.__self__))  # type: ignore[attr-defined]
+    for kind, parse in _PARSERS.items()
+}
+
 
 def encode(message: Message) -> bytes:
     """Return the frame of a message, its length included.
@@ -330,7 +335,7 @@ def encode(message: Message) -> bytes:
     """
     if isinstance(message, Unknown):
         raise BadInput(f"a message of the unknown kind {message.kind} cannot be sent")
-    values = tuple(getattr(message, field.name) for field in fields(message))
+    values = tuple([getattr(message, name) for name in _FIELDS[message.kind]])
     try:
         _PARSERS[message.kind](values)
     except ProtocolError as error:

@@ -179,14 +179,26 @@ class ChunkMap:
         object_index, chunk = self.locate(position)
         return chunk_length(self._sizes[object_index], chunk)
 
-    def spread(self, object_index: int, bitmap: bytes | None) -> Iterator[tuple[int, int]]:
-        """Yield (block, set) for those chunks of an object that a bitmap names.
+    def spread(self, object_index: int, bitmap: bytes | None) -> Iterable[tuple[int, int]]:
+        """Return (block, set) for those chunks of an object that a bitmap names.
 
         None names all of them. Bits beyond the object's end are ignored, and
         bits that a short bitmap lacks count as unset.
         """
         count = chunk_count(self._size_of(object_index))
         first = self._first[object_index]
+        offset = first % BLOCK_CHUNKS
+        if offset + count > BLOCK_CHUNKS:
+            return self._spread_far(first, count, bitmap)
+        mask = (1 << count) - 1
+        if bitmap is not None:
+            mask &= int.from_bytes(bitmap[: (count + 7) // 8], "little")
+        return ((first // BLOCK_CHUNKS, mask << offset),) if mask else ()
+
+    def _spread_far(
+        self, first: int, count: int, bitmap: bytes | None
+    ) -> Iterator[tuple[int, int]]:
+        """Spread an object over several blocks."""
         done = 0
         while done < count:
             block, offset = divmod(first + done, BLOCK_CHUNKS)

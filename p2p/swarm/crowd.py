@@ -28,10 +28,13 @@ from .types import PlannerLimits, SourceKind
 
 
 class Choice(NamedTuple):
-    """What to do with a source: ask it, or look again later, and pass on its offer."""
+    """What to do with a source: ask it, or pass on its offer.
+
+    And when to look at it again if nothing happens before; None for at once.
+    """
 
     draft: Draft
-    look_at: float = math.inf
+    look_at: float | None = None
     passed: int | None = None
 
 
@@ -68,7 +71,7 @@ class Crowd:
         self._limits = limits
         self._since = 0.0
         self._moved_at: float | None = None
-        self._heard_at = 0.0
+        self._heard_at: float | None = None
         self._came_at = 0.0
         self._proved_chunks = 0
         self._latest: deque[bool] = deque(maxlen=limits.duty_trial_chunks)  # from peers or not
@@ -88,27 +91,54 @@ class Crowd:
             self._since = now
             self._latest.clear()
 
-    def proved(self, now: float, kind: SourceKind | None, byte_count: int) -> None:
-        """Note a chunk that was proved, and what sort of source gave it."""
+    def proved(self, now: float, kind: SourceKind | None, byte_count: int) -> bool:
+        """Note a chunk that was proved, and what sort of source gave it.
+
+        Returns whether the swarm has shown no life before.
+        """
+        is_first = self._is_first()
         self._moved_at = now
         self._proved_chunks += 1
         if kind is not None:
             self._latest.append(kind is SourceKind.PEER)
         if kind is SourceKind.PEER:
             self._peer_rate.note(now, byte_count)
+        return is_first
 
     def progressed(self, now: float, kind: SourceKind) -> None:
         """Note bytes that came: a chunk may take long, and is on its way."""
         if kind is SourceKind.PEER:
             self._came_at = now
 
-    def heard(self, now: float) -> None:
-        """Note that a source has something new for us: the swarm is alive."""
-        self._heard_at = now
+    def heard(self, now: float) -> bool:
+        """Note that a source has something new for us: the swarm is alive.
 
-    def holders_changed(self) -> None:
-        """Note that chunks have become free, or that a holder has gone."""
+        Returns whether it has shown no life before.
+        """
+        is_first = self._is_first()
+        self._heard_at = now
+        return is_first
+
+    def _is_first(self) -> bool:
+        return self._moved_at is None and self._heard_at is None
+
+    def awaits_offer(self, state: SourceState) -> bool:
+        """Tell whether a source need not be looked at before it offers, or a time has come."""
+        parked_until = state.parked_until
+        return (
+            state.makes_offers
+            and parked_until is not None
+            and parked_until < math.inf
+            and self.is_here
+        )
+
+    def holder_gone(self) -> None:
+        """Note that somebody who held something has gone."""
         self._duty.look_again()
+
+    def set_free(self, block: int) -> None:
+        """Note that chunks of a block have become free."""
+        self._duty.look_again_at(block)
 
     def is_last_call(self) -> bool:
         """Tell, once, when the last free chunk has been asked for."""
@@ -141,9 +171,9 @@ class Crowd:
         if state.kind is SourceKind.ORIGIN and not self._is_far_ahead(now, state):
             return self._of_origin(now, state, room_bytes, moved_at)
         if state.kind is SourceKind.PEER and state.makes_offers:
-            if state.offers:
-                return self._of_offer(now, state, room_bytes)
             unasked_at = max(state.offered_at, moved_at) + self._limits.offer_patience_s
+            if state.offers:
+                return self._of_offer(now, state, room_bytes, unasked_at)
             if now < unasked_at or self._flights.by_position:
                 return Choice(_NOTHING, max(unasked_at, now + self._limits.max_relook_s))
             state.offered_at = now
@@ -152,7 +182,8 @@ class Crowd:
     def _of_origin(
         self, now: float, state: SourceState, room_bytes: int, moved_at: float
     ) -> Choice:
-        turn_at = self._duty.turn_at(max(moved_at, self._heard_at))
+        hungry_since = max(moved_at, self._heard_at or 0.0)
+        turn_at = self._duty.turn_at(hungry_since, is_first=self._is_first())
         if now < turn_at:
             return Choice(_NOTHING, turn_at)
         draft = self._duty.draft(state, room_bytes)
@@ -164,7 +195,9 @@ class Crowd:
         # Peers hold all that is missing, and nothing comes of them.
         return self._of_all(now, state, CHUNK_SIZE)
 
-    def _of_offer(self, now: float, state: SourceState, room_bytes: int) -> Choice:
+    def _of_offer(
+        self, now: float, state: SourceState, room_bytes: int, unasked_at: float
+    ) -> Choice:
         state.offered_at = now
         offered = state.offers.pop(0)
         draft = self._picker.pick_at(state, offered, room_bytes)
@@ -172,16 +205,21 @@ class Crowd:
             draft = self._scattered(state, room_bytes)
         if not draft.positions and not self._chunks.free_bytes:
             draft = self._endgame.draft_copies(now, state, CHUNK_SIZE)
+        look_at = None if state.offers else unasked_at
         if draft.positions:
-            return Choice(draft)
-        return Choice(draft, now, self._chunks.locate(offered)[0])
+            return Choice(draft, look_at)
+        return Choice(draft, look_at, self._chunks.locate(offered)[0])
 
     def _of_all(self, now: float, state: SourceState, room_bytes: int) -> Choice:
         draft = self._scattered(state, room_bytes)
-        if draft.positions or self._chunks.free_bytes or not self._flights.by_position:
-            return Choice(draft)  # or nothing, until it holds something that is free
+        if draft.positions:
+            return Choice(draft)
+        if self._chunks.free_bytes or not self._flights.by_position:
+            return Choice(draft, math.inf)  # nothing, until it holds something that is free
         limits = self._limits
         draft = self._endgame.draft_copies(now, state, CHUNK_SIZE)
+        if draft.positions:
+            return Choice(draft)
         pause_s = state.seconds_guessed(CHUNK_SIZE, limits.max_relook_s)
         pause_s = min(max(pause_s, limits.min_relook_s), limits.max_relook_s)
         return Choice(draft, now + pause_s)

@@ -15,10 +15,12 @@ No I/O, no clock; the random generator is the caller's.
 
 from __future__ import annotations
 
-import heapq
+import bisect
+import math
 import random
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 from .origin_duty import rank_of
 
@@ -35,8 +37,8 @@ class MembershipLimits:
     """Chosen neighbours that are never let go: those who gave most."""
     on_duty: int = 5
     """The first by rank keep each other as neighbours: those on origin duty, and the next."""
-    exchange: int = 48
-    """Members named in one answer: below the protocol's limit of 64."""
+    exchange: int = 24
+    """Members named in one answer: twice as many as anybody has neighbours."""
     exchange_first: int = 8
     """Of these, the first by rank: so everybody soon agrees who is on duty."""
     hearsay_s: float = 60.0
@@ -76,7 +78,8 @@ class Membership:
         self._tellers: dict[str, int] = {}
         self._failed: dict[str, float] = {}
         self._finished: dict[str, None] = {}
-        self._ranks: dict[str, int] = {}
+        self._ranked: list[tuple[int, str]] = []  # all members; the lowest number ranks first
+        self._stale_at = math.inf  # no hearsay is older than it may be before this
 
     # who is there
 
@@ -84,13 +87,14 @@ class Membership:
         """Note a member that we talk to."""
         if name != self.me:
             self._forget_hearsay(name)
-            self._met[name] = None
+            if name not in self._met:
+                self._met[name] = None
+                bisect.insort(self._ranked, self._place(name))
             self._failed.pop(name, None)
 
     def left(self, now: float, name: str) -> None:
         """Note a member that we could not reach, or that has gone."""
-        self._met.pop(name, None)
-        self._finished.pop(name, None)
+        self._forget_met(name)
         self._forget_hearsay(name)
         self._failed[name] = now
         if len(self._failed) > self.limits.max_members:
@@ -98,40 +102,66 @@ class Membership:
 
     def let_go(self, now: float, name: str) -> None:
         """Note a member that is there, but no neighbour any more."""
-        self._met.pop(name, None)
-        self._finished.pop(name, None)
+        self._forget_met(name)
         self.heard(now, [name], name)
 
     def heard(self, now: float, names: Iterable[str], teller: str) -> None:
         """Note members that a neighbour, or discovery, names."""
-        limits = self.limits
+        limits, hearsay = self.limits, self._hearsay
+        self._stale_at = min(self._stale_at, now + limits.hearsay_s)
         for name in names:
-            if name == self.me or name in self._met:
-                continue
-            if name in self._failed and now < self._failed[name] + limits.retry_s:
-                continue
-            known = self._hearsay.get(name)
+            known = hearsay.get(name)
             if known is not None:
-                self._hearsay[name] = (now, known[1])
+                hearsay[name] = (now, known[1])
             elif (
-                len(self._hearsay) < limits.max_members
+                name == self.me
+                or name in self._met
+                or name in self._failed
+                and now < self._failed[name] + limits.retry_s
+            ):
+                continue
+            elif (
+                len(hearsay) < limits.max_members
                 and self._tellers.get(teller, 0) < limits.max_hearsay_per_teller
             ):
-                self._hearsay[name] = (now, teller)
+                hearsay[name] = (now, teller)
                 self._tellers[teller] = self._tellers.get(teller, 0) + 1
+                bisect.insort(self._ranked, self._place(name))
+
+    def _place(self, name: str) -> tuple[int, str]:
+        """Return what members are sorted by."""
+        return -rank_of(self.key, name), name
+
+    def _forget_met(self, name: str) -> None:
+        self._finished.pop(name, None)
+        if name in self._met:
+            del self._met[name]
+            self._unrank(name)
 
     def _forget_hearsay(self, name: str) -> None:
         known = self._hearsay.pop(name, None)
         if known is not None:
+            self._unrank(name)
             self._tellers[known[1]] -= 1
             if not self._tellers[known[1]]:
                 del self._tellers[known[1]]
 
-    def members(self, now: float) -> list[str]:
-        """Return everybody who counts now, without us."""
+    def _unrank(self, name: str) -> None:
+        del self._ranked[bisect.bisect_left(self._ranked, self._place(name))]
+
+    def _forget_stale(self, now: float) -> None:
+        """Forget what nobody has said for long."""
+        if now <= self._stale_at:
+            return
         oldest = now - self.limits.hearsay_s
         for name in [name for name, (at, _) in self._hearsay.items() if at < oldest]:
             self._forget_hearsay(name)
+        kept = min((at for at, _ in self._hearsay.values()), default=math.inf)
+        self._stale_at = kept + self.limits.hearsay_s
+
+    def members(self, now: float) -> list[str]:
+        """Return everybody who counts now, without us."""
+        self._forget_stale(now)
         return [*self._met, *self._hearsay]
 
     def finished(self, name: str) -> None:
@@ -139,36 +169,33 @@ class Membership:
         if name in self._met:
             self._finished[name] = None
 
-    def on_call(self, now: float) -> list[str]:
-        """Return the members that still download, as far as we know."""
-        return [name for name in self.members(now) if name not in self._finished]
+    def on_call(self, now: float) -> Iterator[str]:
+        """Yield the members that still download, as far as we know, the first by rank first."""
+        self._forget_stale(now)
+        return (name for _, name in self._ranked if name not in self._finished)
 
-    def to_tell(self, now: float, asker: str) -> list[str]:
-        """Return the members to name to a neighbour: the first by rank, and a sample."""
+    def to_tell(self, now: float) -> list[str]:
+        """Return the members to name to neighbours: the first by rank, and a sample.
+
+        One answer may be given to all who ask within a short while.
+        """
         limits = self.limits
-        others = [name for name in self.members(now) if name != asker]
+        self._forget_stale(now)
+        others = [name for _, name in self._ranked]
         if len(others) <= limits.exchange:
             return others
-        others.sort(key=self._rank, reverse=True)
         first = others[: limits.exchange_first]
         return first + self._rng.sample(
             others[limits.exchange_first :], limits.exchange - len(first)
         )
 
-    def _rank(self, name: str) -> int:
-        rank = self._ranks.get(name)
-        if rank is None:
-            if len(self._ranks) > 4 * self.limits.max_members:
-                self._ranks.clear()
-            rank = self._ranks[name] = rank_of(self.key, name)
-        return rank
-
     # whom to keep
 
     def _first(self, now: float) -> list[str]:
         """Return the first members by rank if we are one of them."""
-        ranked = heapq.nlargest(self.limits.on_duty, [self.me, *self.on_call(now)], key=self._rank)
-        return ranked if self.me in ranked else []
+        count = self.limits.on_duty
+        ranked = sorted([self.me, *islice(self.on_call(now), count)], key=self._place)
+        return ranked[:count] if self.me in ranked[:count] else []
 
     def to_dial(
         self, now: float, neighbours: Collection[str], dialled: Collection[str]
@@ -188,13 +215,15 @@ class Membership:
             limits.dials - len(dialled) - len(colleagues),
             limits.max_neighbours - len(neighbours),
         )
-        strangers = [
-            name for name in self.members(now) if name not in neighbours and name not in dialled
-        ]
-        strangers = [name for name in strangers if name not in colleagues]
-        if wanted <= 0 or not strangers:
+        if wanted <= 0:
             return colleagues
+        known = {*neighbours, *dialled, *colleagues}
+        strangers = [name for name in self.members(now) if name not in known]
         return colleagues + self._rng.sample(strangers, min(wanted, len(strangers)))
+
+    def is_on_duty(self, now: float) -> bool:
+        """Tell whether we are among the first by rank, as far as we know."""
+        return bool(self._first(now))
 
     def is_colleague(self, now: float, name: str) -> bool:
         """Tell whether a member and we are both among the first by rank."""

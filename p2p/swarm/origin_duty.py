@@ -11,16 +11,18 @@ All members of a download that can reach the same origin take each of its bytes 
    Members take their own chunks from the front of one order that all share.
 3. A hash alone leaves some with more than others. Whoever has finished its own relieves
    the others: of what nobody has announced it takes the chunks for which it ranks second,
-   then third, from the end of the order, where the owner comes last; but not the owner's
-   next one, which should be on its way.
+   then third, from the end of the order, where the owner comes last; but not what should
+   be on its way to the owner or to another that relieves it.
 4. What a neighbour has announced is not fetched from the origin any more.
 5. Who gets nothing and hears of nothing new for `duty_patience_s`, and longer the lower
    it ranks, takes a turn whatever its rank: members that are gone, silent or slow hold up
    nobody for long. Whose origin is `duty_gain` times as fast as all its peers together
    asks it freely.
+6. At the very start only the first `duty_first` ask, until something has come or was heard
+   of: the first chunk is there the sooner.
 
 No I/O, no clock. The order and the owners cost the same for a thousand chunks as for a
-million, apart from one pass over the blocks when the members on duty change.
+million, apart from one pass over the blocks when the members on duty change, or one goes.
 """
 
 from __future__ import annotations
@@ -39,6 +41,9 @@ from .types import PlannerLimits, SourceKind
 _MASK = (1 << 64) - 1
 
 _MOST_BEHIND = 100  # keeps the power finite; its result has reached its limit long before
+
+MAX_RANKED_BLOCKS = 256
+"""Blocks whose chunks' owners are remembered: those near the front and the end matter."""
 
 
 @lru_cache(maxsize=1 << 14)
@@ -91,8 +96,8 @@ class OriginDuty:
         self._on_duty: tuple[int, ...] = ()
         self._me = 0
         self._front = 0
-        self._back = chunks.block_count
-        self._turn = 1
+        self._backs = [chunks.block_count] * (limits.duty_members + 1)
+        self._turns: dict[int, list[dict[int, int]]] = {}
         self.is_shared = False
         self.rank = 0
 
@@ -107,14 +112,18 @@ class OriginDuty:
             on_duty.append(self._me)  # for its turns out of patience
         if tuple(on_duty) != self._on_duty:
             self._on_duty = tuple(on_duty)
+            self._turns.clear()
             self.look_again()
 
-    def turn_at(self, hungry_since: float) -> float:
-        """Return from when we may ask the origin, if nothing comes from anybody before."""
+    def turn_at(self, hungry_since: float, *, is_first: bool = False) -> float:
+        """Return from when we may ask the origin, if nothing comes from anybody before.
+
+        The start of the swarm `is_first`: nothing has come from anybody yet.
+        """
         limits = self._limits
-        if self.rank < limits.duty_members:
+        if self.rank < (limits.duty_first if is_first else limits.duty_members):
             return 0.0
-        behind = min(self.rank - limits.duty_members, _MOST_BEHIND)
+        behind = min(max(self.rank - limits.duty_members, 0), _MOST_BEHIND)
         patience_s = limits.duty_patience_s * limits.duty_growth**behind
         return hungry_since + min(patience_s, limits.duty_longest_s)
 
@@ -129,19 +138,21 @@ class OriginDuty:
             if not self._fill(origin, self._front, draft):
                 return draft
             self._front += 1
-        while not draft.positions and self._turn < len(self._on_duty):
-            while not draft.positions and self._back > 0:
-                self._relieve(origin, self._back - 1, draft)
-                self._back -= not draft.positions
-            if not draft.positions:
-                self._turn += 1
-                self._back = self._chunks.block_count
+        for turn in range(1, len(self._on_duty)):
+            while not draft.positions and self._backs[turn] > 0:
+                self._relieve(origin, self._backs[turn] - 1, turn, draft)
+                self._backs[turn] -= not draft.positions
         return draft
 
     def look_again(self) -> None:
-        """Go through everything once more: chunks have become free."""
-        self._front, self._back = 0, self._chunks.block_count
-        self._turn = 1
+        """Go through everything once more: who held something has gone."""
+        self._front = 0
+        self._backs = [self._chunks.block_count] * (self._limits.duty_members + 1)
+
+    def look_again_at(self, block: int) -> None:
+        """Look at a block once more: chunks of it have become free."""
+        self._front = min(self._front, block)
+        self._backs = [max(back, block + 1) for back in self._backs]
 
     def _left(self, origin: SourceState, block: int) -> int:
         """Return the chunks of a block that nobody has announced."""
@@ -152,32 +163,56 @@ class OriginDuty:
     def _fill(self, origin: SourceState, block: int, draft: Draft) -> bool:
         """Take our own chunks of a block; return whether there is room for more."""
         left = self._left(origin, block)
-        while left:
-            bit = left & -left
-            left ^= bit
-            position = block * BLOCK_CHUNKS + bit.bit_length() - 1
-            if self._order(position)[0] == self._me and not self._take(position, draft):
+        ours = left and left & self._in_turn(block)[0].get(self._me, 0)
+        while ours:
+            bit = ours & -ours
+            ours ^= bit
+            if not self._take(block * BLOCK_CHUNKS + bit.bit_length() - 1, draft):
                 return False
         return True
 
-    def _relieve(self, origin: SourceState, block: int, draft: Draft) -> None:
-        """Take the last chunk of a block for which we are next after its owner.
+    def _relieve(self, origin: SourceState, block: int, turn: int, draft: Draft) -> None:
+        """Take the last chunk of a block that is ours in a turn, and on nobody's way to it.
 
-        Not the first of any owner: that one is on its way to it.
+        What is on its way is guessed by the same rules: each owner fetches its first; who
+        has none of its own fetches the last that is its in the first turn, or the next.
         """
         left = self._left(origin, block)
-        owners_seen: set[int] = set()
-        ours = -1
-        while left:
-            bit = left & -left
-            left ^= bit
-            position = block * BLOCK_CHUNKS + bit.bit_length() - 1
-            order = self._order(position)
-            if order[0] in owners_seen and order[self._turn] == self._me:
-                ours = position
-            owners_seen.add(order[0])
-        if ours >= 0:
-            self._take(ours, draft)
+        if not left:
+            return
+        turns = self._in_turn(block)
+        idle = []
+        taken = 0
+        for member in self._on_duty:
+            own = left & turns[0].get(member, 0)
+            taken |= own & -own
+            if not own:
+                idle.append(member)
+        for each in range(1, turn + 1):
+            for member in tuple(idle):
+                rest = left & turns[each].get(member, 0) & ~taken
+                if not rest:
+                    continue
+                last = rest.bit_length() - 1
+                if member == self._me:
+                    self._take(block * BLOCK_CHUNKS + last, draft)
+                    return
+                taken |= 1 << last
+                idle.remove(member)
+
+    def _in_turn(self, block: int) -> list[dict[int, int]]:
+        """Return, for each turn and member, the chunks of a block that are its then."""
+        turns = self._turns.get(block)
+        if turns is None:
+            if len(self._turns) >= MAX_RANKED_BLOCKS:
+                self._turns.clear()
+            turns = self._turns[block] = [{} for _ in self._on_duty]
+            for offset in range(BLOCK_CHUNKS):
+                position = block * BLOCK_CHUNKS + offset
+                if not self._chunks.proved[block] >> offset & 1:
+                    for owners, member in zip(turns, self._order(position), strict=True):
+                        owners[member] = owners.get(member, 0) | 1 << offset
+        return turns
 
     def _take(self, position: int, draft: Draft) -> bool:
         block, offset = divmod(position, BLOCK_CHUNKS)

@@ -191,20 +191,25 @@ class Planner(PlannerView):
         Bit i % 8 of byte i // 8 of `bitmap` stands for chunk i; None for the whole object.
         Spare bits and missing bytes do no harm.
         """
-        self._hold(now, source, self._chunks.spread(object_index, bitmap))
+        state = self._sources.get(source)
+        if state is not None:
+            self._hold(now, state, self._chunks.spread(object_index, bitmap))
 
     def source_holds_whole(self, now: float, source: str, object_indices: Iterable[int]) -> None:
         """Note objects that a source holds, whole; as `source_holds` for each, at once."""
-        self._hold(now, source, self._chunks.spread_whole(object_indices))
-
-    def _hold(self, now: float, source: str, held: Iterable[tuple[int, int]]) -> None:
         state = self._sources.get(source)
-        if state is None:
-            return
-        gains = [state.gain(self._chunks, block, mask) for block, mask in held]
-        state.bar_refused(self._chunks)
-        if any(gains):
-            self._crowd.heard(now)
+        if state is not None:
+            self._hold(now, state, self._chunks.spread_whole(object_indices))
+
+    def _hold(self, now: float, state: SourceState, held: Iterable[tuple[int, int]]) -> None:
+        is_work = False
+        for block, mask in held:
+            is_work |= state.gain(self._chunks, block, mask)
+        if state.record.refused_positions:
+            state.bar_refused(self._chunks)
+        if is_work and self._crowd.heard(now):
+            self._ask_origins()
+        if is_work and not self._crowd.awaits_offer(state):
             self._make_hungry(state)
         else:
             self._stir(state)
@@ -249,10 +254,9 @@ class Planner(PlannerView):
         self._hungry.pop(source, None)
         self._picker.settle(state, -1)
         state.uncount(self._chunks)
-        self._crowd.holders_changed()
-        for other in self._sources.values() if self._crowd.is_here else ():
-            if other.kind is SourceKind.ORIGIN:
-                self._make_hungry(other)
+        self._crowd.holder_gone()
+        if self._crowd.is_here:
+            self._ask_origins()
         for request in list(state.requests.values()):
             self._set_free(self._flights.close(now, request))
 
@@ -270,7 +274,7 @@ class Planner(PlannerView):
 
     def make_ready(self, now: float, object_indices: Iterable[int]) -> None:
         """Note objects that can be asked for from now on."""
-        self._crowd.holders_changed()
+        self._crowd.holder_gone()
         self._offer(self._chunks.make_ready(object_indices))
 
     # events: answers
@@ -333,7 +337,8 @@ class Planner(PlannerView):
         if record is not None:
             record.proved_bytes += byte_count
         requests = self._flights.prove(now, proved, state)
-        self._crowd.proved(now, None if record is None else record.kind, byte_count)
+        if self._crowd.proved(now, None if record is None else record.kind, byte_count):
+            self._ask_origins()
         if state is not None:
             state.empty_answers = 0
             if all(request.source is not state for request in requests):
@@ -449,8 +454,8 @@ class Planner(PlannerView):
             self._chunks.put_back(position)
             block, offset = divmod(position, BLOCK_CHUNKS)
             returned[block] = returned.get(block, 0) | 1 << offset
-        if positions:
-            self._crowd.holders_changed()
+        for block in returned:
+            self._crowd.set_free(block)
         self._offer(returned.items())
 
     def _offer(self, blocks: Iterable[tuple[int, int]]) -> None:
@@ -465,6 +470,10 @@ class Planner(PlannerView):
         """Note that there may be new work for a source."""
         state.parked_until = None
         self._hungry[state.name] = None
+
+    def _ask_origins(self) -> None:
+        for origin in self._table.origins():
+            self._make_hungry(origin)
 
     def _stir(self, state: SourceState) -> None:
         """Note that a source may have time for more, unless it found nothing just now."""
@@ -492,16 +501,21 @@ class Planner(PlannerView):
             self._check_deadlines(now)
         if now >= self._relook_at:
             self._wake(now)
-        if self._crowd.is_here and self._crowd.is_last_call():
-            for state in self._sources.values():
-                self._make_hungry(state)
         hungry = [self._sources[name] for name in self._hungry]
         hungry.sort(key=lambda state: -(state.rate.bytes_per_s or 0.0))
         self._hungry.clear()
         while hungry and self._chunks.missing_chunks:
             hungry = [state for state in hungry if self._feed(now, state)]
+        if self._crowd.is_here and self._crowd.is_last_call():
+            for state in self._sources.values():
+                self._make_hungry(state)
         actions, self._outbox = self._outbox, []
         return actions
+
+    @property
+    def has_news(self) -> bool:
+        """Whether something has happened since `actions` that may call for a decision."""
+        return bool(self._hungry or self._outbox)
 
     def next_deadline(self, now: float) -> float | None:
         """Return when to call `actions` if nothing happens before; None for never.
@@ -531,12 +545,13 @@ class Planner(PlannerView):
                 draft = self._endgame.draft_copies(now, state, room_bytes)
         if not draft.positions and (nearer or self._flights.by_position):
             self._park(now, state)
-        return bool(draft.positions) and self._ask(now, state, draft)
+        if draft.positions:
+            self._ask(now, state, draft)
+        return bool(draft.positions)
 
-    def _ask(self, now: float, state: SourceState, draft: Draft) -> bool:
+    def _ask(self, now: float, state: SourceState, draft: Draft) -> None:
         self._outbox.append(Ask(self._flights.open(now, state, draft)))
         self._check_at = min(self._check_at, now + self.limits.stall_s)
-        return True
 
     def _room_bytes(self, state: SourceState) -> int:
         """Return how much the next request to a source may hold; 0 for no request."""
@@ -549,10 +564,11 @@ class Planner(PlannerView):
         choice = self._crowd.choose(now, state, room_bytes)
         if choice.passed is not None:
             self._outbox.append(PassOn(state.name, choice.passed))
-            self._make_hungry(state)
-        elif not choice.draft.positions:
+        elif choice.draft.positions:
+            self._ask(now, state, choice.draft)
+        if choice.look_at is not None:
             self._park_until(state, choice.look_at)
-        return bool(choice.draft.positions) and self._ask(now, state, choice.draft)
+        return choice.look_at is None
 
     # deadlines
 

@@ -300,14 +300,16 @@ class SourceState:
 
     def gain(self, chunks: ChunkMap, block: int, mask: int) -> bool:
         """Note that the source holds some chunks of a block; return whether it is work."""
-        new = mask & ~self.held[block]
+        held = self.held
+        new = mask & ~held[block]
         if not new:
             return False
-        self.held[block] |= new
+        held[block] |= new
         chunks.add_holder(block, new)
         if not new & chunks.free[block]:
             return False
-        self.list_block(block, chunks.level_of[block])
+        if not self.listed[block]:
+            self.list_block(block, chunks.level_of[block])
         return True
 
     def gain_all(self, chunks: ChunkMap) -> None:

@@ -44,6 +44,10 @@ class SourceTable:
             honest = (name for name in past if not self._records[name].is_liar)
             del self._records[next(honest, past[0])]
 
+    def origins(self) -> list[SourceState]:
+        """Return the origins that are present."""
+        return [state for state in self.present.values() if state.kind is SourceKind.ORIGIN]
+
     def who(self, name: str | None) -> tuple[SourceRecord | None, SourceState | None]:
         """Return what is remembered of a name, and its state if it is present."""
         if name is None:

@@ -96,6 +96,9 @@ class PlannerLimits:
     duty_members: int = 4
     """Members of a crowd that fetch from the origin at one time: two keep its uplink busy
     over any round trip, and the others make up for those that are slow or gone."""
+    duty_first: int = 2
+    """Members that ask the origin before anything has come: with four the first chunk would
+    take twice as long, and all others wait for it."""
     duty_patience_s: float = 1.0
     """A member that gets nothing for so long, and hears of nothing new, asks the origin
     though it is not on duty."""

@@ -8,7 +8,8 @@ asks for that chunk, or for another if that one is on its way to it already, or 
 
 Rules
 - At most `slots` requests are served at a time; `ahead` more are offered, so that the
-  next one is here when the uplink falls free.
+  next one is here when the uplink falls free. While it lies idle one more is offered,
+  because some pass; and one more for a chunk that no neighbour has yet: it goes first.
 - Offered is the chunk that the fewest neighbours have or are about to get from us, ties
   at random, to a neighbour at random of those that lack it.
 - An offer that nobody takes up within `OFFER_S` lapses.
@@ -89,9 +90,18 @@ class UploadSlots:
 
     # ---- what there is
 
-    def peer_has(self, peer: str, held: int) -> None:
-        """Note what a neighbour holds, also when it is nothing yet."""
-        self._peers[peer] = self._peers.get(peer, 0) | held
+    def peer_has(self, peer: str, held: int) -> bool:
+        """Note what a neighbour holds, also when it is nothing yet.
+
+        Returns whether an offer to it has become pointless: there may be another to make.
+        """
+        held |= self._peers.get(peer, 0)
+        self._peers[peer] = held
+        return (
+            peer in self._offered
+            and not self.held & ~held
+            and self._offered.pop(peer, None) is not None
+        )
 
     def set_peer(self, peer: str, held: int) -> None:
         """Note all that a neighbour holds or does not want, in place of what was noted."""
@@ -114,9 +124,12 @@ class UploadSlots:
             del self._offered[peer]
             self._passed[peer] = now + OFFER_S
         made: list[tuple[str, int]] = []
-        while len(self._offered) + len(self._waiting) + len(self.active) < (
-            self._slots + self.ahead
-        ):
+        while True:
+            is_idle = not self.active and not self._waiting
+            spare = self._slots + self.ahead + is_idle
+            spare -= len(self._offered) + len(self._waiting) + len(self.active)
+            if spare < 0 or spare == 0 and not self._has_fresh():
+                break
             choice = self._choose(now)
             if choice is None:
                 break
@@ -128,6 +141,20 @@ class UploadSlots:
         """Return when to look for offers again if nothing happens before."""
         lapses = [until for _, until in self._offered.values()]
         return min([*lapses, *(at for at in self._passed.values() if at > now)], default=math.inf)
+
+    def _has_fresh(self) -> bool:
+        """Tell whether we hold something that no neighbour has or is about to get from us."""
+        known = 0
+        for has in self._peers.values():
+            known |= has
+        fresh = self.held & ~known
+        if not fresh or not self._peers:
+            return False
+        for each in (*self.active.values(), *self._waiting.values()):
+            fresh &= ~(1 << each.chunk)
+        for chunk, _ in self._offered.values():
+            fresh &= ~(1 << chunk)
+        return bool(fresh)
 
     def _choose(self, now: float) -> tuple[str, int] | None:
         free = {

@@ -67,11 +67,22 @@ def test_who_gets_nothing_takes_a_turn_the_later_the_lower_it_ranks() -> None:
             now = deadline
         starts[name] = now
     on_duty = RANKED[: limits.duty_members]
-    assert all(starts[name] == 0.0 for name in on_duty)
+    assert all(starts[name] == 0.0 for name in on_duty[: limits.duty_first])
+    assert all(starts[name] <= 2 * limits.duty_patience_s for name in on_duty)
     others = [starts[name] for name in RANKED[limits.duty_members :]]
     assert others == sorted(others)
     assert others[0] >= limits.duty_patience_s
     assert len(set(others)) == len(others)
+
+
+def test_all_on_duty_ask_as_soon_as_something_was_heard_of() -> None:
+    limits = PlannerLimits()
+    for name in RANKED[limits.duty_first : limits.duty_members]:
+        planner = member(name)
+        assert not asked(planner, 0.0)
+        planner.add_source(0.1, "peer", SourceKind.PEER, makes_offers=True)
+        planner.source_holds(0.1, "peer", 0, b"\x01")
+        assert len(asked(planner, 0.1)) == 1
 
 
 def test_what_a_neighbour_has_is_not_asked_of_the_origin() -> None:
@@ -170,21 +181,35 @@ def test_the_rarest_chunk_is_offered_to_somebody_who_lacks_it() -> None:
     slots.peer_has("a", 0b011)
     slots.peer_has("b", 0b101)
     slots.peer_has("c", 0b011)
-    assert slots.offers(0.0) in ([("a", 2)], [("c", 2)])
+    assert slots.offers(0.0)[0] in [("a", 2), ("c", 2)]
 
 
 def test_a_seed_offers_every_chunk_once_before_any_twice() -> None:
     slots = make_slots(ahead=0)
     slots.held = (1 << 30) - 1
-    offered = []
-    for ticket in range(30):
-        ((peer, chunk),) = slots.offers(float(ticket))
-        offered.append(chunk)
-        assert slots.ask(peer, ticket, chunk)
-        assert [each.chunk for each in slots.begin()] == [chunk]
-        slots.end(peer, ticket)
-        slots.peer_has(peer, 1 << chunk)
+    offered: list[int] = []
+    while len(offered) < 30:
+        now = float(len(offered))
+        made = slots.offers(now)
+        assert 1 <= len(made) <= 3
+        for peer, chunk in made:
+            offered.append(chunk)
+            assert slots.ask(peer, len(offered), chunk)
+        while begun := slots.begin():
+            for each in begun:
+                slots.end(each.peer, each.ticket)
+                slots.peer_has(each.peer, 1 << each.chunk)
     assert len(set(offered)) == 30
+
+
+def test_an_offer_to_somebody_who_has_all_by_now_gives_way_to_another() -> None:
+    slots = UploadSlots(1, 0, random.Random(1))
+    slots.held = 1
+    slots.peer_has("a", 0)
+    assert slots.offers(0.0) == [("a", 0)]
+    assert not slots.peer_has("b", 0)
+    assert slots.peer_has("a", 1)
+    assert slots.offers(0.0) == [("b", 0)]
 
 
 def test_offers_lapse_and_who_passed_is_left_alone_for_a_while() -> None:
@@ -202,11 +227,11 @@ def test_offers_lapse_and_who_passed_is_left_alone_for_a_while() -> None:
 
 
 def test_one_request_at_a_time_and_offered_ones_first() -> None:
-    slots = make_slots(ahead=1)
+    slots = make_slots(ahead=0)
     slots.held = 0b11
-    offers = dict(slots.offers(0.0))
-    invited = next(iter(offers))
-    stranger = next(peer for peer in "abc" if peer not in offers)
+    slots.peer_has("c", 0b11)
+    (invited, _), *_ = slots.offers(0.0)
+    stranger = "c"
     assert slots.ask(stranger, 1, 0)
     assert slots.ask(invited, 2, 1)
     assert [each.peer for each in slots.begin()] == [invited]
@@ -246,7 +271,7 @@ def test_the_first_by_rank_are_always_named_and_find_each_other() -> None:
     known = Membership(KEY, first[0], random.Random(1))
     known.heard(0.0, names[:150], "a")
     known.heard(0.0, names[150:], "b")
-    told = known.to_tell(0.0, "asker")
+    told = known.to_tell(0.0)
     assert len(told) == MembershipLimits().exchange
     assert set(first[1:]) <= set(told)
     assert set(first[1:]) <= set(known.to_dial(0.0, [], []))
