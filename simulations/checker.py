@@ -6,7 +6,7 @@ when it wants to be woken. The rules:
 - No chunk is shown or served before it was proved.
 - A planner with work in flight, or with something to ask for, has a deadline.
 - Nothing is asked for that the asker has, and of no neighbour that has not shown it.
-- Who shares origin duty asks nothing of the origin that a neighbour has shown, unless
+- Who shares origin duty asks nothing of the origin that an honest neighbour has shown, unless
   nothing has come to it for its patience, or the origin is faster than all its peers. A
   node judges that by what it has seen so far, so a few such asks are no fault
   (`NEEDLESS_SHARE`).
@@ -88,7 +88,10 @@ class Checker:
                     self._fail(f"{peer.name} asks {request.source} for chunk {chunk}: not shown")
                 continue
             self.origin_asks += 1
-            if not any(known.mask >> chunk & 1 for known in peer.neighbours.values()):
+            if not any(
+                known.mask >> chunk & 1 and known.peer.nature.is_honest
+                for known in peer.neighbours.values()
+            ):
                 continue
             self.needless_origin_asks += 1
             waited_s = world.engine.now - peer.moved_at

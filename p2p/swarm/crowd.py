@@ -132,6 +132,10 @@ class Crowd:
             and self.is_here
         )
 
+    def lied_to(self) -> None:
+        """Note that a peer has sent wrong bytes."""
+        self._duty.was_lied_to = True
+
     def holder_gone(self) -> None:
         """Note that somebody who held something has gone."""
         self._duty.look_again()
@@ -186,12 +190,13 @@ class Crowd:
         turn_at = self._duty.turn_at(hungry_since, is_first=self._is_first())
         if now < turn_at:
             return Choice(_NOTHING, turn_at)
-        draft = self._duty.draft(state, room_bytes)
+        draft = self._duty.draft(now, state, room_bytes)
         if draft.positions:
             return Choice(draft)
-        held_at = max(moved_at, self._came_at) + 2 * self._limits.duty_patience_s
-        if now < held_at:
-            return Choice(_NOTHING, held_at)
+        patience_s = self._limits.duty_patience_s
+        held_at = max(moved_at, self._came_at) + 2 * patience_s
+        if now < held_at:  # and before, whoever has given nothing may be believed no more
+            return Choice(_NOTHING, min(held_at, now + patience_s))
         # Peers hold all that is missing, and nothing comes of them.
         return self._of_all(now, state, CHUNK_SIZE)
 

@@ -13,7 +13,8 @@ All members of a download that can reach the same origin take each of its bytes 
    the others: of what nobody has announced it takes the chunks for which it ranks second,
    then third, from the end of the order, where the owner comes last; but not what should
    be on its way to the owner or to another that relieves it.
-4. What a neighbour has announced is not fetched from the origin any more.
+4. What a neighbour has announced is not fetched from the origin any more; not for long,
+   though, if it never gave anything, and not at all once somebody has lied to us.
 5. Who gets nothing and hears of nothing new for `duty_patience_s`, and longer the lower
    it ranks, takes a turn whatever its rank: members that are gone, silent or slow hold up
    nobody for long. Whose origin is `duty_gain` times as fast as all its peers together
@@ -79,6 +80,8 @@ class OriginDuty:
         Whether there is anybody to share with.
     rank : int
         Our own place among the members; 0 is the first.
+    was_lied_to : bool
+        Whether a peer has sent wrong bytes.
     """
 
     def __init__(
@@ -98,8 +101,10 @@ class OriginDuty:
         self._front = 0
         self._backs = [chunks.block_count] * (limits.duty_members + 1)
         self._turns: dict[int, list[dict[int, int]]] = {}
+        self._doubtful: frozenset[str] = frozenset()
         self.is_shared = False
         self.rank = 0
+        self.was_lied_to = False
 
     def set_members(self, key: bytes, me: str, others: Collection[str]) -> None:
         """Note the members that can be seen besides us; nobody for no sharing."""
@@ -127,9 +132,10 @@ class OriginDuty:
         patience_s = limits.duty_patience_s * limits.duty_growth**behind
         return hungry_since + min(patience_s, limits.duty_longest_s)
 
-    def draft(self, origin: SourceState, room_bytes: int) -> Draft:
+    def draft(self, now: float, origin: SourceState, room_bytes: int) -> Draft:
         """Choose what to ask an origin for: our own chunks, then what seems left over."""
         draft = Draft(room_bytes, self._limits.max_request_spans)
+        self._sort_out(now)
         self._counted_origins = sum(
             state.kind is SourceKind.ORIGIN and not state.holds_all
             for state in self._sources.values()
@@ -154,10 +160,29 @@ class OriginDuty:
         self._front = min(self._front, block)
         self._backs = [max(back, block + 1) for back in self._backs]
 
+    def _sort_out(self, now: float) -> None:
+        """Find out who is not believed: its word alone keeps us from no chunk."""
+        believed_since = now - self._limits.duty_patience_s
+        doubtful = frozenset(
+            name
+            for name, state in self._sources.items()
+            if state.kind is SourceKind.PEER
+            and not state.record.proved_bytes
+            and (self.was_lied_to or state.joined_at <= believed_since)
+        )
+        if doubtful != self._doubtful:
+            self._doubtful = doubtful
+            self.look_again()
+
     def _left(self, origin: SourceState, block: int) -> int:
-        """Return the chunks of a block that nobody has announced."""
+        """Return the chunks of a block that nobody who is believed has announced."""
         chunks = self._chunks
         announced = chunks.held_by(block, 1 + self._counted_origins)
+        if announced and self._doubtful:
+            announced = 0
+            for name, state in self._sources.items():
+                if state.kind is SourceKind.PEER and name not in self._doubtful:
+                    announced |= state.held[block]
         return chunks.free[block] & origin.held[block] & ~announced
 
     def _fill(self, origin: SourceState, block: int, draft: Draft) -> bool:

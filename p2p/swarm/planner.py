@@ -178,7 +178,7 @@ class Planner(PlannerView):
             self._outbox.append(Drop(source, *refusal))
             return
         state = self._sources[source]
-        state.distance = distance
+        state.distance, state.joined_at = distance, now
         if makes_offers:
             state.makes_offers = True
             state.offered_at = now
@@ -369,6 +369,7 @@ class Planner(PlannerView):
         record.refused_bytes += size
         if record.kind is SourceKind.PEER:
             record.is_liar = True
+            self._crowd.lied_to()
         elif state is not None:
             record.refused_positions.add(position)
             record.is_liar = len(record.refused_positions) >= self.limits.max_refused_chunks

@@ -241,6 +241,8 @@ class SourceState:
         Requests in a row that it called done without what was asked.
     parked_until : float or None
         It found no work, and need not look again before.
+    joined_at : float
+        When it came.
     makes_offers : bool
         Whether it says when it can be asked.
     offered_at : float
@@ -255,7 +257,7 @@ class SourceState:
 
     __slots__ = (
         "answered_at", "counted_rate", "cursor", "distance", "empty_answers", "has_spoken",
-        "head_since", "held", "holds_all", "home", "kind", "level", "listed", "live",
+        "head_since", "held", "holds_all", "home", "joined_at", "kind", "level", "listed", "live",
         "makes_offers", "name", "offered_at", "offers", "parked_until", "queued_bytes",
         "rate", "record", "requests",
     )  # fmt: skip
@@ -283,6 +285,7 @@ class SourceState:
         self.counted_rate = 0.0
         self.makes_offers = False
         self.offered_at = 0.0
+        self.joined_at = 0.0
         self.offers: list[int] = []
 
     # holdings
