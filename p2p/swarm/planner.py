@@ -513,11 +513,6 @@ class Planner(PlannerView):
         actions, self._outbox = self._outbox, []
         return actions
 
-    @property
-    def has_news(self) -> bool:
-        """Whether something has happened since `actions` that may call for a decision."""
-        return bool(self._hungry or self._outbox)
-
     def next_deadline(self, now: float) -> float | None:
         """Return when to call `actions` if nothing happens before; None for never.
 

@@ -9,7 +9,7 @@ from .chunk_map import ChunkMap
 from .picker import Picker
 from .source_state import SourceState
 from .source_table import SourceTable
-from .types import Statistics
+from .types import Action, Statistics
 
 
 class PlannerView:
@@ -19,6 +19,8 @@ class PlannerView:
     _picker: Picker
     _table: SourceTable
     _sources: dict[str, SourceState]
+    _hungry: dict[str, None]
+    _outbox: list[Action]
     _proved_bytes: int
     _duplicate_bytes: int
     _refused_bytes: int
@@ -26,6 +28,11 @@ class PlannerView:
     def is_done(self) -> bool:
         """Tell whether every chunk is proved."""
         return not self._chunks.missing_chunks
+
+    @property
+    def has_news(self) -> bool:
+        """Whether something has happened since `actions` that may call for a decision."""
+        return bool(self._hungry or self._outbox)
 
     @property
     def missing_bytes(self) -> int:
