@@ -138,6 +138,7 @@ class SimulatedPeer:
             world.setup.ahead,
             self.rng,
             is_rarest_first=world.setup.is_rarest_first,
+            is_eager=world.setup.is_eager,
         )
         self.serving: dict[tuple[str, int], Serving] = {}
         self.has = world.everything if nature.has_everything or not nature.is_honest else 0

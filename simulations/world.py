@@ -48,6 +48,8 @@ class Setup:
         Whether nodes offer uploads, or wait to be asked.
     is_rarest_first : bool
         Whether offers name the rarest chunk, or any.
+    is_eager : bool
+        Whether nodes offer more while their uplink is idle, and for what nobody has.
     is_duty_shared : bool
         Whether members share origin duty.
     settle_s : float
@@ -76,6 +78,7 @@ class Setup:
     ahead: int = 1
     makes_offers: bool = True
     is_rarest_first: bool = True
+    is_eager: bool = True
     is_duty_shared: bool = True
     settle_s: float = 0.15
     tick_s: float = 0.002

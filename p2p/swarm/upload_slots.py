@@ -8,7 +8,7 @@ asks for that chunk, or for another if that one is on its way to it already, or 
 
 Rules
 - At most `slots` requests are served at a time; `ahead` more are offered, so that the
-  next one is here when the uplink falls free. While it lies idle one more is offered,
+  next one is here when the uplink falls free. If eager, one more while it lies idle,
   because some pass; and one more for a chunk that no neighbour has yet: it goes first.
 - Offered is the chunk that the fewest neighbours have or are about to get from us, ties
   at random, to a neighbour at random of those that lack it.
@@ -62,6 +62,8 @@ class UploadSlots:
         Breaks ties.
     is_rarest_first : bool
         False for experiments: any chunk that somebody lacks is as good as another.
+    is_eager : bool
+        Whether to offer more while the uplink is idle, and for what nobody has.
 
     Attributes
     ----------
@@ -74,12 +76,19 @@ class UploadSlots:
     """
 
     def __init__(
-        self, slots: int, ahead: int, rng: random.Random, *, is_rarest_first: bool = True
+        self,
+        slots: int,
+        ahead: int,
+        rng: random.Random,
+        *,
+        is_rarest_first: bool = True,
+        is_eager: bool = False,
     ) -> None:
         self._slots = slots
         self.ahead = ahead
         self._rng = rng
         self._is_rarest_first = is_rarest_first
+        self._is_eager = is_eager
         self._peers: dict[str, int] = {}
         self._offered: dict[str, tuple[int, float]] = {}
         self._passed: dict[str, float] = {}
@@ -125,10 +134,11 @@ class UploadSlots:
             self._passed[peer] = now + OFFER_S
         made: list[tuple[str, int]] = []
         while True:
-            is_idle = not self.active and not self._waiting
-            spare = self._slots + self.ahead + is_idle
+            spare = self._slots + self.ahead
             spare -= len(self._offered) + len(self._waiting) + len(self.active)
-            if spare < 0 or spare == 0 and not self._has_fresh():
+            if self._is_eager:
+                spare += (not self.active and not self._waiting) + self._has_fresh()
+            if spare <= 0:
                 break
             choice = self._choose(now)
             if choice is None:

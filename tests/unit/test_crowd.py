@@ -191,7 +191,7 @@ def test_a_seed_offers_every_chunk_once_before_any_twice() -> None:
     while len(offered) < 30:
         now = float(len(offered))
         made = slots.offers(now)
-        assert 1 <= len(made) <= 3
+        assert len(made) == 1
         for peer, chunk in made:
             offered.append(chunk)
             assert slots.ask(peer, len(offered), chunk)
@@ -200,6 +200,15 @@ def test_a_seed_offers_every_chunk_once_before_any_twice() -> None:
                 slots.end(each.peer, each.ticket)
                 slots.peer_has(each.peer, 1 << each.chunk)
     assert len(set(offered)) == 30
+
+
+def test_the_eager_offer_more_while_idle_and_for_what_nobody_has() -> None:
+    for is_eager, count in ((False, 1), (True, 3)):
+        slots = UploadSlots(1, 0, random.Random(1), is_eager=is_eager)
+        slots.held = 0b111111
+        for peer in "abcdef":
+            slots.peer_has(peer, 0)
+        assert len(slots.offers(0.0)) == count
 
 
 def test_an_offer_to_somebody_who_has_all_by_now_gives_way_to_another() -> None:
