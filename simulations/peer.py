@@ -371,6 +371,8 @@ class SimulatedPeer:
         return (wire.HaveEntry(world.digest, size_bytes, bitmap, world.chunk_list),)
 
     def _heard(self, known: Known, message: wire.Have) -> None:
+        if message.request_id:  # a new neighbour: there may be an offer to make
+            self.world.engine.after(0.0, self._begin_serving)
         for entry in message.entries:
             bitmap = entry.bitmap
             mask = self.world.everything if bitmap is None else int.from_bytes(bitmap, "little")
