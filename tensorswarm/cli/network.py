@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from tensorswarm.p2p.node import Node
     from tensorswarm.p2p.results import FetchResult
 
+OPEN_FILES = 4_096
+"""Files that a node may have open: 900 connections of libp2p and 160 of the bulk plane, those
+that shake hands, the gateway's, and the store's. The usual limit is 1,024."""
+
 REPORT_INTERVAL_S = 10.0
 """How often a node at a terminal says how it is doing."""
 
@@ -86,6 +90,7 @@ def node(args: argparse.Namespace, output: Output) -> int:
     from tensorswarm.p2p.node import Node
 
     _set_up_logging()
+    _allow_open_files()
 
     async def main() -> None:
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
@@ -123,6 +128,18 @@ def node(args: argparse.Namespace, output: Output) -> int:
 
     trio.run(main)
     return 0
+
+
+def _allow_open_files() -> None:
+    """Raise the limit that a process may raise by itself: each connection is an open file."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _say_ready(running: Node, http: str | None, output: Output) -> None:

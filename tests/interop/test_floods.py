@@ -12,17 +12,24 @@ from pathlib import Path
 
 import pytest
 import trio
+from libp2p.peer.id import ID
 from libp2p.stream_muxer.yamux.yamux import FLAG_SYN, TYPE_WINDOW_UPDATE, YAMUX_HEADER_FORMAT
+from multiaddr import Multiaddr
 
 from tensorswarm.p2p.bulk import table as bulk_table
+from tensorswarm.p2p.control import wire, wire_limits
+from tensorswarm.p2p.dht.rpc import GET_PROVIDERS, add_provider, dht_stream, get_providers
 from tensorswarm.p2p.host import door
 from tensorswarm.p2p.host.addresses import tcp_host
 from tensorswarm.p2p.host.guard import Watcher
 from tensorswarm.p2p.host.host import Host
 from tensorswarm.p2p.node import Node
-from tensorswarm.store.cid import model_cid
+from tensorswarm.store.cid import dht_key, model_cid
+from tensorswarm.store.errors import NoSource
 from tensorswarm.store.ingest import add_paths
 from tensorswarm.store.store import Store
+from tests.support.dht_network import digests, network, providers
+from tests.support.events import Watch, until_neighbour
 from tests.support.hosts import ECHO, HERE, assert_serves, echo, receive
 
 IDLE = 10_000
@@ -181,5 +188,74 @@ def test_ten_thousand_idle_streams_of_many_peers_leave_room_for_the_others() -> 
                 await trio.sleep(0.01)
             assert len(streams) <= door.MAX_SPARE_STREAMS + 41 * door.STREAMS_OF_RIGHT
             await assert_serves(server)
+
+    trio.run(main)
+
+
+def test_nonsense_on_the_control_plane_costs_its_sender_alone(tmp_path: Path) -> None:
+    """Malformed, oversized, out of order, and never ending: the neighbours are served."""
+    (tmp_path / "config.json").write_text('{"hidden_size": 8}')
+    with Store(tmp_path / "holder") as store:
+        model = model_cid(add_paths(store, [tmp_path / "config.json"]).manifest.digest)
+    hello = wire.encode(wire.Hello(1, "stranger/1", (), (), ()))
+    want = wire.encode(wire.Want(1, (bytes(32),)))
+    nonsense = (
+        b"\0\0\0\0",
+        b"\xff" * 64,
+        (wire_limits.MAX_FRAME_BYTES + 1).to_bytes(4, "big") + bytes(1000),
+        hello + b"\0\0\0\x05\xdd\xff\xff\xff\xff",  # an array of four thousand million
+        hello + hello,
+        want,  # before hello
+        hello + b"\0\0\0\x02\x91\xc1",
+    )
+
+    async def main() -> None:
+        async with (
+            Node(tmp_path / "holder", listen=[HERE]) as holder,
+            Node(tmp_path / "neighbour", listen=[HERE], bootstrap=holder.addrs[:1]) as neighbour,
+            Host() as stranger,
+        ):
+            await until_neighbour(holder, neighbour.peer_id)
+            left = Watch()
+            holder.neighbours.left.append(left)
+            await stranger.connect(holder.addrs[0])
+            for data in nonsense:
+                stream = await stranger.open_stream(holder.peer_id, wire_limits.PROTOCOL_ID)
+                await stream.send(data)
+                with suppress(NoSource):  # however it ends, it ends
+                    while await stream.receive_some():
+                        pass
+            await left.until(lambda: not holder.neighbours.is_neighbour(stranger.peer_id))
+            assert holder.neighbours.is_neighbour(neighbour.peer_id)
+            result = await neighbour.fetch(model)
+            assert result.bytes_peers == result.bytes_total
+
+    trio.run(main)
+
+
+def test_a_flood_of_records_from_many_peers_leaves_those_of_others() -> None:
+    honest_keys, flooders, flood = digests(20), 12, 500
+
+    async def main() -> None:
+        async with network(1) as net:
+            server, discovery = net.nodes[0]
+            discovery.dht.records.table._max_records = 2_000
+            _, announcer = await net.join(server=False)
+            assert (await announcer.announce(honest_keys)).confirmed == set(honest_keys)
+            for _ in range(flooders):
+                host = await net.host()
+                own_id = ID.from_string(host.peer_id).to_bytes()
+                addrs = [Multiaddr("/ip4/127.0.0.1/tcp/1").to_bytes()]
+                await host.connect(server.addrs()[0])
+                async with dht_stream(host, server.peer_id, 30) as stream:
+                    keys = [dht_key(key) for key in digests(flood)]
+                    records = b"".join(add_provider(key, own_id, addrs) for key in keys)
+                    await stream.send(records + get_providers(keys[-1]).data)
+                    while (await stream.receive()).type != GET_PROVIDERS:
+                        pass
+                assert discovery.dht.records.size() <= 2_000
+            _, searcher = await net.join(server=False)
+            for key in honest_keys:
+                assert await providers(searcher, key)
 
     trio.run(main)
