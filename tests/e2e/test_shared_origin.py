@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from tensorswarm.p2p.control import wire
 from tensorswarm.p2p.node import Node as PeerNode
 from tensorswarm.store.cid import parse_reference
 from tensorswarm.store.export import export_files
@@ -43,12 +44,14 @@ def test_four_nodes_that_start_at_once_leave_most_of_the_origin_to_each_other(
     meeting_place = processes.node(store)
     dropped: list[str] = []
     nodes: list[PeerNode] = []
+    heard: list[wire.Offer | wire.Pass] = []
 
     async def one(number: int, url: str, all_done: list[trio.Event]) -> None:
         where = tmp_path / f"node-{number}"
         listen = ["127.0.0.1:0"]
         async with PeerNode(where, listen=listen, bootstrap=[meeting_place.addr]) as node:
             nodes.append(node)
+            node.neighbours.offer_listeners.append(lambda _peer_id, notice: heard.append(notice))
             result = await node.fetch(small.id, origins=[url])
             dropped.extend(source.id for source in result.sources if source.dropped)
             all_done[number].set()
@@ -73,6 +76,8 @@ def test_four_nodes_that_start_at_once_leave_most_of_the_origin_to_each_other(
         before = trio.run(main, origin)
         given = origin.body_bytes_sent
     assert not dropped
+    assert sum(isinstance(notice, wire.Offer) for notice in heard) >= NODES  # and some are taken:
+    assert sum(isinstance(notice, wire.Pass) for notice in heard) < len(heard) / 2
     assert small.size_bytes <= given < before + MOST_COPIES * small.size_bytes
     wanted = sha256_of_files(small.folder)
     for number in range(NODES):
