@@ -31,6 +31,18 @@ Row: TypeAlias = dict[str, object]
 MAX_NODES = 2_000_000
 """Most nodes of one run: above it a table of nodes alone is gigabytes."""
 
+MAX_INTEGER = MAX_NODES
+"""Largest whole number: chunks and keys are counted like nodes."""
+
+MAX_NODE_CHUNKS = 100_000_000
+"""Most nodes times chunks in one swarm: above it a run takes a day."""
+
+MAY_BE_ZERO = frozenset(
+    {"ahead", "forgets", "latency_s", "origin", "passing", "random_first", "share", "shared",
+     "start_s", "stays_s", "parts_at_s"}
+)  # fmt: skip
+"""Parameters of which 0 makes sense though it is not their default."""
+
 
 class Parameters(Mapping[str, Value]):
     """Values by name, read with the type that the scenario expects.
@@ -178,6 +190,10 @@ class Scenario:
             values["nodes"] = nodes
         if not 0 < int(values.get("nodes", 1)) <= MAX_NODES:
             raise BadInput(f"nodes: from 1 to {MAX_NODES}")
+        if int(values.get("nodes", 1)) * int(values.get("chunks", 1)) > MAX_NODE_CHUNKS:
+            raise BadInput(f"nodes times chunks: at most {MAX_NODE_CHUNKS}")
+        if not 0 <= float(values.get("share", 0)) < 1:
+            raise BadInput("share: from 0 to below 1")
         outcome: Outcome = self.module.run(Parameters(values), seed)
         outcome.summary = {"scenario": self.name, "seed": seed, **outcome.summary}
         return outcome
@@ -194,6 +210,12 @@ def _read(name: str, text: str, default: Value) -> Value:
         raise BadInput(f"{name}: {text!r} is not of the type {kind}") from None
     if isinstance(value, float) and not abs(value) < 1e18:
         raise BadInput(f"{name}: {text!r} is not a finite number")
+    if isinstance(value, int | float) and value < 0:
+        raise BadInput(f"{name}: {text!r} is negative")
+    if not value and default and name not in MAY_BE_ZERO:
+        raise BadInput(f"{name}: it cannot be 0")
+    if isinstance(value, int) and not isinstance(value, bool) and value > MAX_INTEGER:
+        raise BadInput(f"{name}: at most {MAX_INTEGER}")
     return value
 
 

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from tensorswarm.simulations import scenario
+from tensorswarm.store.errors import BadInput
 
 SMALL = {
     "rules": {"nodes": "8", "chunks": "32"},
@@ -19,6 +20,7 @@ SMALL = {
     "churn": {"nodes": "8", "chunks": "32", "passing": "12"},
     "nat": {"nodes": "10", "chunks": "32"},
     "partition": {"nodes": "8", "chunks": "64", "parts_at_s": "2", "heals_at_s": "5"},
+    "stallers": {"nodes": "10", "chunks": "32"},
     "seed_leaves": {"nodes": "8", "chunks": "32"},
     "arrivals": {"nodes": "20", "chunks": "16"},
     "fine_tunes": {"nodes": "10", "chunks": "32", "models": "3"},
@@ -51,6 +53,28 @@ def test_with_a_third_of_liars_the_honest_finish_within_twice_the_time(seed: int
     row = outcome.tables["liars"][-1]
     assert float(str(row["ratio"])) <= 2.0
     assert int(str(row["liars_met"])) > 0
+
+
+def test_many_swarms_with_liars_are_summed_up_by_the_slowest() -> None:
+    outcome = scenario.find("liars").run(1, {"nodes": "8", "chunks": "16", "seeds": "3"})
+    rows = outcome.tables["liars"]
+    assert [row["seed"] for row in rows] == [1, 2, 3]
+    assert outcome.summary["ratio"] == max(float(str(row["ratio"])) for row in rows)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"chunks": "1000000000"}, {"chunks": "0"}, {"chunks": "-1"}, {"chunk_s": "0"},
+        {"chunk_s": "-1"}, {"chunk_s": "nan"}, {"origin": "-1"}, {"dials": "0"}, {"slots": "0"},
+        {"nodes": "0"}, {"nodes": "-3"}, {"chunks": "1e3"}, {"no_such": "1"},
+        {"nodes": "100000", "chunks": "100000"},
+    ],
+)  # fmt: skip
+def test_nonsense_is_refused_in_one_line(settings: dict[str, str]) -> None:
+    with pytest.raises(BadInput) as caught:
+        scenario.find("broadcast").run(1, settings)
+    assert "\n" not in str(caught.value)
 
 
 NOT_BY_CHANCE = {"rules", "partition"}
