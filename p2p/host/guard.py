@@ -25,6 +25,7 @@ What is put right
 - Listening sockets are opened with SO_REUSEPORT, so a second node on the same port
   starts without complaint and the two share the connections. `check_port` asks
   first.
+- yamux answers each read with a window update, however small: see `window`.
 - yamux does not enforce the receive window: `buffered_bytes` lets `Host` drop a
   peer that sends more than it was allowed to.
 - A vanished peer's connection would live for a quarter of an hour: see
@@ -73,6 +74,7 @@ from .addresses import MAX_ADDRS_PER_PEER, believable, tcp_host, with_peer_id
 from .door import Door, HalfOpen, StreamBudget
 from .pnet import ProtectedConnection
 from .stream import is_ending
+from .window import tell_by_halves
 
 log = logging.getLogger(__name__)
 
@@ -191,6 +193,7 @@ def build(
         Of the private network that all connections belong to.
     """
     quiet_logging()
+    tell_by_halves()
     vars(swarm_module)["new_protected_conn"] = ProtectedConnection  # see `pnet`
     config = ConnectionConfig(
         max_connections=max_connections,

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 import trio.testing
+from libp2p.stream_muxer.yamux.yamux import YamuxStream
 
 from tensorswarm.p2p.host import guard as host_guard
 from tensorswarm.p2p.host import stream as host_stream
@@ -368,5 +369,38 @@ def test_a_vanished_peer_is_given_up_by_the_kernel() -> None:
                 assert sock is not None
                 timeout_ms = sock.getsockopt(socket.IPPROTO_TCP, option)
                 assert timeout_ms == host_guard.UNANSWERED_TIMEOUT_S * 1000
+
+    run(main)
+
+
+def test_windows_are_told_by_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not after each message; and enough is told that a sender never waits for nothing."""
+    told: list[int] = []
+    real = YamuxStream.send_window_update
+
+    async def note(self: YamuxStream, increment: int, skip_lock: bool = False) -> None:
+        told.append(increment)
+        await real(self, increment, skip_lock)
+
+    monkeypatch.setattr(YamuxStream, "send_window_update", note)
+
+    async def main() -> None:
+        async with two_hosts() as (a, b):
+            stream = await a.open_stream(b.peer_id, ECHO)
+            for number in range(200):
+                await stream.send(b"%8d" % number)
+                assert await receive(stream, 8) == b"%8d" % number
+            assert not told
+            sent = bytes(range(256)) * 8192  # 2 MiB: eight windows, each way
+
+            async def send() -> None:
+                for start in range(0, len(sent), 50_000):
+                    await stream.send(sent[start : start + 50_000])
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(send)
+                assert await receive(stream, len(sent)) == sent
+            assert told
+            assert min(told) >= 128 << 10
 
     run(main)
