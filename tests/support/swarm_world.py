@@ -1,9 +1,9 @@
 """A tiny world in virtual time that drives the planner: no sockets, no clock, no threads.
 
 Sources answer one request after the other, each at its own rate and after its own
-latency; they may hold only a part, claim more than they hold, join late, leave, fall
-silent, or lie. Links do not share a bottleneck: the sum of the rates is what a perfect
-plan reaches.
+latency; they may hold only a part, gain more, claim more than they hold, make offers,
+join late, leave, fall silent, or lie; other members of the swarm may come and go. Links
+do not share a bottleneck: the sum of the rates is what a perfect plan reaches.
 
 The world keeps its own books and checks every action against them, so a broken rule
 fails at the action that breaks it, with `AssertionError`.
@@ -18,7 +18,15 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from tensorswarm.p2p.swarm.planner import Ask, Cancel, Drop, Planner, PlannerLimits, SourceKind
+from tensorswarm.p2p.swarm.planner import (
+    Ask,
+    Cancel,
+    Drop,
+    PassOn,
+    Planner,
+    PlannerLimits,
+    SourceKind,
+)
 from tensorswarm.p2p.swarm.source import Failure, Request
 from tensorswarm.store.digest import CHUNK_SIZE, chunk_count, chunk_length
 
@@ -40,6 +48,12 @@ class SimulatedSource:
         Chunks that it gives wrongly.
     stalls_at, wakes_at : float
         From when to when it sends nothing, without saying so.
+    gains : sequence of (float, (int, int))
+        When it gets which chunks besides, and says so if it is here then.
+    makes_offers : bool
+        Whether it says at once that it is to be asked when it offers.
+    offers_every_s : float
+        Time between its offers; infinity for none.
     """
 
     name: str
@@ -54,9 +68,22 @@ class SimulatedSource:
     leaves_at: float = math.inf
     stalls_at: float = math.inf
     wakes_at: float = math.inf
+    gains: Sequence[tuple[float, Chunk]] = ()
+    makes_offers: bool = False
+    offers_every_s: float = math.inf
 
-    def has(self, chunk: Chunk) -> bool:
-        return self.holds is None or chunk[1] in self.holds.get(chunk[0], ())
+    def has(self, now: float, chunk: Chunk) -> bool:
+        """Tell whether it can give a chunk."""
+        return self._is_in(now, chunk, self.holds)
+
+    def says_it_has(self, now: float, chunk: Chunk) -> bool:
+        """Tell whether it has said that it holds a chunk, if it is here."""
+        return self._is_in(now, chunk, self.holds if self.claims is None else self.claims)
+
+    def _is_in(self, now: float, chunk: Chunk, held: Mapping[int, frozenset[int]] | None) -> bool:
+        if held is None or chunk[1] in held.get(chunk[0], ()):
+            return True
+        return any(gained == chunk and at <= now for at, gained in self.gains)
 
 
 @dataclass(eq=False)
@@ -65,7 +92,8 @@ class Worker:
 
     `asked` is what the planner still expects. `on_the_way` is what may still come: a
     cancelled request stays in it until the source is done with it, because a cancel
-    takes nothing back that is sent already.
+    takes nothing back that is sent already. Silence counts from `heard_at`, and slowness
+    from `answered_at`.
     """
 
     source: SimulatedSource
@@ -73,6 +101,8 @@ class Worker:
     asked: dict[int, set[Chunk]] = field(default_factory=dict)
     on_the_way: dict[int, set[Chunk]] = field(default_factory=dict)
     cancelled: set[int] = field(default_factory=set)
+    heard_at: float = 0.0
+    answered_at: float = 0.0
     is_busy: bool = False
     is_open: bool = True
 
@@ -90,6 +120,8 @@ class SwarmWorld:
         Replays the run.
     proved, priorities, limits
         As for `Planner`.
+    members : sequence of (float, frozenset of str)
+        From when on which other members of the swarm are in sight.
     progress_bytes : int
         How often a source tells of progress; a chunk's end always does.
     """
@@ -103,6 +135,7 @@ class SwarmWorld:
         proved: Mapping[int, bytes] | None = None,
         priorities: Mapping[int, int] | None = None,
         limits: PlannerLimits | None = None,
+        members: Sequence[tuple[float, frozenset[str]]] = (),
         progress_bytes: int = CHUNK_SIZE // 4,
     ) -> None:
         self.now = 0.0
@@ -127,13 +160,20 @@ class SwarmWorld:
         self.drops: list[tuple[float, Drop]] = []
         self.asks: list[tuple[float, Request]] = []
         self.cancels: list[Cancel] = []
+        self.passes: list[PassOn] = []
+        self.is_crowd = False
+        self._offer_rng = random.Random(~seed)
         self.given: Counter[str] = Counter()
         self.action_calls = 0
         self._drop_counts: Counter[str] = Counter()
         self._progress_bytes = progress_bytes
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._event_count = 0
+        for time, others in members:
+            self.at(time, lambda others=others: self._see(others))  # type: ignore[misc]
         for source in sources:
+            for time, chunk in source.gains:
+                self.at(time, lambda s=source, chunk=chunk: self._gain(s, chunk))  # type: ignore[misc]
             self.at(source.joins_at, lambda source=source: self._join(source))  # type: ignore[misc]
             if source.leaves_at < math.inf:
                 self.at(source.leaves_at, lambda source=source: self._leave(source))  # type: ignore[misc]
@@ -184,6 +224,9 @@ class SwarmWorld:
                 if worker is not None:
                     worker.asked.pop(action.request_id, None)
                     worker.cancelled.add(action.request_id)
+            elif isinstance(action, PassOn):
+                assert action.source in self.workers
+                self.passes.append(action)
             else:
                 self._dropped(action)
         in_flight = any(worker.asked for worker in self.workers.values())
@@ -192,6 +235,9 @@ class SwarmWorld:
             assert deadline is not None, "a request is in flight without a deadline"
             longest_s = self.limits.stall_s * 2**self.limits.max_stall_doublings
             assert deadline <= self.now + longest_s + 1e-9
+        if self.missing and any(map(self._can_give_all, self.workers.values())):
+            assert deadline is not None, "it waits for nothing, and could ask"
+            assert deadline <= self.now + self.limits.duty_longest_s + 1e-9
 
     # checks
 
@@ -217,10 +263,9 @@ class SwarmWorld:
         assert all(self.length(chunk) > 0 for chunk in chunks), "no such chunk"
         assert request.request_id not in worker.asked
         assert len(worker.asked) < self.limits.max_requests_per_source
-        claims = worker.source.claims if worker.source.claims is not None else worker.source.holds
         for chunk in chunks:
             assert chunk not in self.proved, "a proved chunk is asked for"
-            assert claims is None or chunk[1] in claims.get(chunk[0], ()), "asked of a non-holder"
+            assert worker.source.says_it_has(self.now, chunk), "asked of a non-holder"
             holders = [
                 name
                 for name, other in self.workers.items()
@@ -228,14 +273,67 @@ class SwarmWorld:
             ]
             assert request.source not in holders, "asked twice of the same source"
             assert len(holders) < self.limits.max_copies
+            if holders and self.is_crowd:
+                covered = {c for w in self.workers.values() for a in w.asked.values() for c in a}
+                assert len(covered) == self.missing, "a copy in a crowd while something is free"
+
+    def _can_give_all(self, worker: Worker) -> bool:
+        source = worker.source
+        return source.holds is None and source.claims is None and not source.lies
+
+    def _check_drop(self, drop: Drop, worker: Worker) -> None:
+        """Check the reason; sources that close connections themselves there are none."""
+        if drop.failure is Failure.BAD_BYTES:
+            assert worker.source.lies, "an honest source is called a liar"
+        else:
+            assert drop.failure is Failure.STALLED
+            assert any(worker.on_the_way.values()), "dropped as silent, and asked for nothing"
+            is_silent = self.now >= worker.heard_at + self.limits.stall_s - 1e-9
+            is_slow = self.now >= worker.answered_at + self.limits.slow_chunk_s - 1e-9
+            assert is_silent or is_slow
+
+    # the swarm
+
+    def _see(self, others: frozenset[str]) -> None:
+        self.is_crowd = bool(others)
+        self.planner.set_members(self.now, b"key", "me", others)
+
+    def _gain(self, source: SimulatedSource, chunk: Chunk) -> None:
+        if source.name in self.workers:
+            self._tell_gain(source, chunk)
+
+    def _tell_gain(self, source: SimulatedSource, chunk: Chunk) -> None:
+        bitmap = (1 << chunk[1]).to_bytes(chunk[1] // 8 + 1, "little")
+        self.planner.source_holds(self.now, source.name, chunk[0], bitmap)
+
+    def _offer_later(self, worker: Worker) -> None:
+        if worker.source.offers_every_s < math.inf and not self.planner.is_done():
+            self.at(self.now + worker.source.offers_every_s, lambda: self._offer(worker))
+
+    def _offer(self, worker: Worker) -> None:
+        """Offer any chunk, or none if it has not got that one."""
+        if not worker.is_open:
+            return
+        index = self._offer_rng.randrange(len(self.sizes))
+        chunk = (index, int(self._offer_rng.random() * chunk_count(self.sizes[index])))
+        if chunk[1] < chunk_count(self.sizes[index]) and worker.source.has(self.now, chunk):
+            self.planner.source_offers(self.now, worker.source.name, *chunk)
+        self._offer_later(worker)
 
     # sources
 
     def _join(self, source: SimulatedSource) -> None:
         if source.name in self.workers or self.now >= source.leaves_at:
             return
-        self.workers[source.name] = Worker(source)
-        self.planner.add_source(self.now, source.name, source.kind, distance=source.distance)
+        worker = self.workers[source.name] = Worker(source)
+        self.planner.add_source(
+            self.now,
+            source.name,
+            source.kind,
+            makes_offers=source.makes_offers,
+            distance=source.distance,
+        )
+        self._offer_later(worker)
         claims = source.claims if source.claims is not None else source.holds
         if claims is None:
             self.planner.source_holds_all(self.now, source.name)
@@ -244,6 +342,9 @@ class SwarmWorld:
             bits = sum(1 << chunk for chunk in chunks)
             bitmap = bits.to_bytes(max(chunks, default=0) // 8 + 1, "little")
             self.planner.source_holds(self.now, source.name, object_index, bitmap)
+        for at, chunk in source.gains:
+            if at <= self.now:
+                self._tell_gain(source, chunk)
 
     def _leave(self, source: SimulatedSource) -> None:
         worker = self.workers.pop(source.name, None)
@@ -255,6 +356,7 @@ class SwarmWorld:
         self.drops.append((self.now, drop))
         worker = self.workers.pop(drop.source, None)
         assert worker is not None, "a source is dropped that is not there"
+        self._check_drop(drop, worker)
         worker.is_open = False
         source = worker.source
         if drop.failure is not Failure.BAD_BYTES:
@@ -264,6 +366,8 @@ class SwarmWorld:
 
     def _submit(self, request: Request) -> None:
         worker = self.workers[request.source]
+        if not worker.asked:
+            worker.heard_at = worker.answered_at = self.now
         worker.asked[request.request_id] = set(self.chunks_of(request))
         worker.on_the_way[request.request_id] = set(self.chunks_of(request))
         worker.queue.append((self.now + worker.source.latency_s, request))
@@ -284,7 +388,7 @@ class SwarmWorld:
             return
         name, request_id = worker.source.name, request.request_id
         is_cancelled = request_id in worker.cancelled
-        if not is_cancelled and todo and not worker.source.has(todo[0]):
+        if not is_cancelled and todo and not worker.source.has(self.now, todo[0]):
             worker.asked.pop(request_id, None)
             del worker.on_the_way[request_id]
             self.planner.request_failed(self.now, name, request_id, Failure.LACKS)
@@ -310,6 +414,7 @@ class SwarmWorld:
         def arrive() -> None:
             if not worker.is_open:
                 return
+            worker.heard_at = self.now
             self.planner.progress(self.now, source.name, request.request_id, piece)
             if left_bytes > piece:
                 self._send(worker, request, todo, left_bytes - piece)
@@ -321,6 +426,7 @@ class SwarmWorld:
 
     def _finish_chunk(self, worker: Worker, request: Request, chunk: Chunk) -> None:
         name, size = worker.source.name, self.length(chunk)
+        worker.answered_at = self.now
         worker.asked.get(request.request_id, set()).discard(chunk)
         worker.on_the_way[request.request_id].discard(chunk)
         if chunk in worker.source.lies:
