@@ -83,6 +83,11 @@ class Crowd:
         """Whether there is anybody else."""
         return self._duty.is_shared
 
+    @property
+    def steps(self) -> int:
+        """Elementary steps of origin duty so far."""
+        return self._duty.steps
+
     def set_members(self, now: float, key: bytes, me: str, others: Collection[str]) -> None:
         """Note who else is there."""
         was_here = self.is_here

@@ -43,8 +43,9 @@ _MASK = (1 << 64) - 1
 
 _MOST_BEHIND = 100  # keeps the power finite; its result has reached its limit long before
 
-MAX_RANKED_BLOCKS = 256
-"""Blocks whose chunks' owners are remembered: those near the front and the end matter."""
+MAX_RANKED_BLOCKS = 4096
+"""Blocks whose chunks' owners are remembered: a million chunks, in some 10 MB if all are
+looked at. With fewer than there are, each member that goes has them worked out anew."""
 
 
 @lru_cache(maxsize=1 << 14)
@@ -82,6 +83,8 @@ class OriginDuty:
         Our own place among the members; 0 is the first.
     was_lied_to : bool
         Whether a peer has sent wrong bytes.
+    steps : int
+        Blocks, sources and chunks' owners looked at so far.
     """
 
     def __init__(
@@ -105,6 +108,7 @@ class OriginDuty:
         self.is_shared = False
         self.rank = 0
         self.was_lied_to = False
+        self.steps = 0
 
     def set_members(self, key: bytes, me: str, others: Collection[str]) -> None:
         """Note the members that can be seen besides us; nobody for no sharing."""
@@ -162,6 +166,7 @@ class OriginDuty:
 
     def _sort_out(self, now: float) -> None:
         """Find out who is not believed: its word alone keeps us from no chunk."""
+        self.steps += len(self._sources)
         believed_since = now - self._limits.duty_patience_s
         doubtful = frozenset(
             name
@@ -177,8 +182,10 @@ class OriginDuty:
     def _left(self, origin: SourceState, block: int) -> int:
         """Return the chunks of a block that nobody who is believed has announced."""
         chunks = self._chunks
+        self.steps += 1
         announced = chunks.held_by(block, 1 + self._counted_origins)
         if announced and self._doubtful:
+            self.steps += len(self._sources)
             announced = 0
             for name, state in self._sources.items():
                 if state.kind is SourceKind.PEER and name not in self._doubtful:
@@ -232,6 +239,7 @@ class OriginDuty:
             if len(self._turns) >= MAX_RANKED_BLOCKS:
                 self._turns.clear()
             turns = self._turns[block] = [{} for _ in self._on_duty]
+            self.steps += BLOCK_CHUNKS
             for offset in range(BLOCK_CHUNKS):
                 position = block * BLOCK_CHUNKS + offset
                 if not self._chunks.proved[block] >> offset & 1:

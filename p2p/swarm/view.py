@@ -6,6 +6,7 @@ Reading changes nothing. No I/O.
 from __future__ import annotations
 
 from .chunk_map import ChunkMap
+from .crowd import Crowd
 from .picker import Picker
 from .source_state import SourceState
 from .source_table import SourceTable
@@ -16,6 +17,7 @@ class PlannerView:
     """The part of a planner that only tells."""
 
     _chunks: ChunkMap
+    _crowd: Crowd
     _picker: Picker
     _table: SourceTable
     _sources: dict[str, SourceState]
@@ -47,7 +49,7 @@ class PlannerView:
     @property
     def decision_steps(self) -> int:
         """Elementary steps of all decisions so far: what they cost, on any machine."""
-        return self._picker.steps
+        return self._picker.steps + self._crowd.steps
 
     def unobtainable(self) -> list[int]:
         """Return the objects with a missing chunk that no present source holds."""
