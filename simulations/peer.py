@@ -2,7 +2,7 @@
 
 It stands where `p2p.download` and `p2p.neighbours` stand in a real node: it carries
 events to the planner and actions to the network, tells its neighbours what it has, and
-serves what they ask. All of that goes through the frames of `p2p.wire`.
+serves what they ask. All of that goes through the frames of `p2p.control.wire`.
 """
 
 from __future__ import annotations
