@@ -12,6 +12,7 @@ import json
 import shutil
 import subprocess
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +38,7 @@ class Measurement:
     memory_server: int = 0
 
 
-class Contender:
+class Contender(ABC):
     """A way to get a file from one process to another.
 
     Parameters
@@ -74,15 +75,15 @@ class Contender:
             return cls.needs_program
         return None
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027 - most have nothing to prepare
         """Do what is done once: make a torrent, fill a store."""
 
-    def start(self) -> None:
+    def start(self) -> None:  # noqa: B027 - `cp` has no server
         """Start serving."""
 
+    @abstractmethod
     def run(self, target: Path) -> Measurement:
         """Have the file fetched into an empty folder."""
-        raise NotImplementedError
 
     def stop(self) -> None:
         """Stop serving."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as of a shell's own commands."""
+from .cli import INTERRUPTED
 
 
 def run() -> int:

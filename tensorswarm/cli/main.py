@@ -26,13 +26,11 @@ from tensorswarm.store.version import VERSION
 
 from ..api import default_store
 from ..fetching import DEFAULT_TIMEOUT_S
-from . import commands, comparing, sharing, stamping, upkeep
+from . import INTERRUPTED, commands, comparing, sharing, stamping, upkeep
 from .output import Output
 from .simulate import simulate
 
 DEBUG_VARIABLE = "TENSORSWARM_DEBUG"
-
-INTERRUPTED = 130
 
 GC_THRESHOLDS = (50_000, 20, 20)
 """How seldom the collector of cycles looks: a command makes hundreds of thousands of objects
