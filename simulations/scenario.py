@@ -15,7 +15,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -146,10 +148,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Scenario:
-    """A scenario, found and checked."""
+    """A scenario, found and checked; `path` is empty for those that come with the project."""
 
     name: str
     module: ModuleType
+    path: str = ""
 
     @property
     def defaults(self) -> dict[str, Value]:
@@ -176,7 +179,7 @@ class Scenario:
         Raises
         ------
         BadInput
-            No such parameter, or not a value for it.
+            No such parameter, or not a value for it; or a file of one's own failed.
         """
         values = self.defaults
         for name, text in settings.items():
@@ -194,9 +197,32 @@ class Scenario:
             raise BadInput(f"nodes times chunks: at most {MAX_NODE_CHUNKS}")
         if not 0 <= float(values.get("share", 0)) < 1:
             raise BadInput("share: from 0 to below 1")
-        outcome: Outcome = self.module.run(Parameters(values), seed)
+        with _blaming(self.path):
+            outcome: Outcome = self.module.run(Parameters(values), seed)
+        if not isinstance(outcome, Outcome):
+            raise BadInput(f"{self.path}: run() gave {type(outcome).__name__}, not an Outcome")
         outcome.summary = {"scenario": self.name, "seed": seed, **outcome.summary}
         return outcome
+
+
+@contextmanager
+def _blaming(path: str) -> Iterator[None]:
+    """Name the line of a file of one's own where it fails; let the project's own faults pass."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except Exception as error:
+        if not path:
+            raise
+        if isinstance(error, SyntaxError):
+            line, told = error.lineno, error.msg
+        else:
+            frames = traceback.extract_tb(error.__traceback__)
+            line = next((each.lineno for each in reversed(frames) if each.filename == path), None)
+            told = str(error)
+        where = path if line is None else f"{path}, line {line}"
+        raise BadInput(f"{where}: {type(error).__name__}: {told}") from error
 
 
 def _read(name: str, text: str, default: Value) -> Value:
@@ -236,15 +262,20 @@ def find(name: str) -> Scenario:
     BadInput
         There is none, or the file is none.
     """
+    path = ""
     if name in names():
         module = importlib.import_module(f"{scenarios.__name__}.{name}")
     elif name.endswith(".py") and Path(name).is_file():
         spec = importlib.util.spec_from_file_location(Path(name).stem, name)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        path = name
+        with _blaming(path):
+            spec.loader.exec_module(module)
     else:
         raise BadInput(f"no scenario {name!r} (see `tensorswarm sim list`)")
-    if not (module.__doc__ and hasattr(module, "PARAMETERS") and hasattr(module, "run")):
+    parameters = getattr(module, "PARAMETERS", None)
+    is_whole = (module.__doc__ or "").strip() and callable(getattr(module, "run", None))
+    if not is_whole or not isinstance(parameters, Mapping):
         raise BadInput(f"{name} is no scenario: it needs a docstring, PARAMETERS and run()")
-    return Scenario(Path(name).stem, module)
+    return Scenario(Path(name).stem, module, path)

@@ -72,6 +72,8 @@ def _not_an_id(text: str, error: BadInput) -> Ref:
         raise BadInput(f"{text!r}: {os_error.strerror}") from os_error
     if _RELEASE.fullmatch(text) and not text.startswith(("./", "../")):
         raise NotFound(f"{text}: no catalog of {text.split('/')[0]!r} is known here") from error
+    if "://" in text:
+        raise BadInput(f"{text!r}: a URL must begin with http:// or https://") from error
     raise BadInput(
         f"{text!r} is no model id, no tensor digest, and no file or folder of that name exists"
     ) from error

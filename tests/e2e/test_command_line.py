@@ -93,6 +93,7 @@ def _content(store: Path) -> dict[str, str]:
         ["fetch", "0123456789abcdef" * 4 + "0"],
         ["fetch", "QmYwAPJzv5CZsnA625s3Xf2nemtYgPpHdWEz79ojWKPbdG"],
         ["fetch", "."],
+        ["fetch", "ftp://127.0.0.1/model.safetensors"],
         ["fetch", "ab" * 32, "--bootstrap", "/ip4/127.0.0.1/tcp/1"],
         ["fetch", "ab" * 32, "--bootstrap", "@no-such-file"],
         ["fetch", "ab" * 32, "--origin", "ftp://127.0.0.1/"],

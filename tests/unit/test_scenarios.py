@@ -56,6 +56,28 @@ def test_a_wrong_setting_is_named(own: str, settings: dict[str, str]) -> None:
         scenario.find(own).run(1, settings)
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("x = (", "own.py, line 1: SyntaxError"),
+        ("import no_such_module", "own.py, line 1: ModuleNotFoundError"),
+        ("'A docstring.'", "needs a docstring, PARAMETERS and run"),
+        ("'A docstring.'\nPARAMETERS = 3\ndef run(p, s): ...", "needs a docstring, PARAMETERS"),
+        ("'Fails.'\nPARAMETERS = {}\ndef run(p, s):\n    1 / 0", "line 4: ZeroDivisionError"),
+        ("'Deep.'\nPARAMETERS = {}\ndef run(p, s):\n    p.integer('a')", "line 4: KeyError: 'a'"),
+        ("'None.'\nPARAMETERS = {}\ndef run(p, s): ...", "gave NoneType, not an Outcome"),
+    ],
+)
+def test_a_file_that_fails_is_blamed_in_one_line_and_exit_2(
+    text: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.py").write_text(text)
+    assert main(["sim", str(tmp_path / "own.py")]) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
+
+
 def test_every_scenario_of_the_project_is_found_and_documented() -> None:
     for name in scenario.names():
         found = scenario.find(name)
