@@ -13,8 +13,8 @@ this module holds the rules that make a hostile or broken server harmless:
   encoding. Bytes are never unpacked here.
 - Cookies live for one exchange with its redirects, so a server cannot fill memory.
 
-Whatever goes wrong with a server leaves as an `OriginFailure`; httpx's errors are
-translated in `translate` and nowhere else. Hashes are the caller's work.
+Whatever goes wrong with a server leaves as an `OriginFailure` (see `failure`). Hashes
+are the caller's work.
 """
 
 from __future__ import annotations
@@ -24,28 +24,21 @@ import functools
 import os
 import socket
 import ssl
-import time
 from collections.abc import Callable, Iterator, Mapping
-from datetime import UTC, datetime
 from netrc import NetrcParseError
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import httpx
 
-from tensorswarm.store.digest import CHUNK_SIZE
-from tensorswarm.store.errors import BadInput, RemoteError
+from tensorswarm.store.errors import BadInput
 
 from ..limits.rates import RateLimiter
 from ..swarm.source import Failure
-from .guard import Guard, Watch
-from .origin import (
-    FileRange,
-    check_origin_url,
-    display_url,
-    parse_content_range,
-    parse_retry_after,
-)
+from .body import Body, Limits, failure_of
+from .failure import HTTPX_ERRORS, OriginFailure, failure_of_status, other_size
+from .guard import Guard
+from .origin import FileRange, check_origin_url, display_url, parse_content_range
 
 CONNECT_TIMEOUT_S = 5.0
 """Seconds for a connection, and for its TLS handshake: three lost SYNs and a bit."""
@@ -57,215 +50,17 @@ MAX_DRAINED_BYTES = 64 << 10
 """Most bytes of a redirect's or error's body read to keep a connection. A longer body
 costs more than connecting anew."""
 
-PROGRESS_BYTES = 64 << 10
-"""Bytes between two notes of progress: about 1 ms at 64 MB/s."""
-
-MIN_PROGRESS_BYTES = 4 << 10
-"""Fewest bytes that count as progress; less is a stall, as with a peer."""
-
-PROGRESS_INTERVAL_S = 0.25
-"""Seconds after which fewer than `PROGRESS_BYTES` are noted."""
-
 LIMITED_RECEIVE_S = 0.1
 """Seconds of a limited rate that the kernel may receive ahead of us."""
 
 MIN_RECEIVE_BYTES = 64 << 10
 """Smallest receive buffer: what httpx reads at once."""
 
-DEFAULT_PAUSE_S = 1.0
-"""Seconds to leave a server alone that is overloaded and does not say for how long."""
-
 MAX_IDLE_CONNECTIONS = 2
 """Connections a thread keeps open: one to the origin, one to where it redirects."""
 
-MAX_DETAIL = 200
-"""Most characters kept of an error's text, which may quote what the server sent."""
-
 SEND_ATTEMPTS = 2
 """A kept connection may have been closed by the server just before it is used again."""
-
-_HTTPX_ERRORS = (httpx.HTTPError, httpx.InvalidURL, httpx.CookieConflict)
-_BUSY = (408, 429, 500, 502, 503, 504)
-
-
-class OriginFailure(RemoteError):
-    """An exchange with an origin that came to nothing.
-
-    Attributes
-    ----------
-    failure : Failure
-        The kind, for the planner.
-    detail : str
-        What happened, for people.
-    file_only : bool
-        It says something about one file only; other files may be fine.
-    pause_s : float
-        Seconds for which the server asks to be left alone.
-    """
-
-    def __init__(
-        self, failure: Failure, detail: str, *, file_only: bool = False, pause_s: float = 0.0
-    ) -> None:
-        super().__init__(f"{failure.value}: {detail}")
-        self.failure = failure
-        self.detail = detail
-        self.file_only = file_only
-        self.pause_s = pause_s
-
-
-def translate(error: Exception) -> OriginFailure:
-    """Return the failure that an httpx error means."""
-    text = (str(error) or type(error).__name__)[:MAX_DETAIL]
-    match error:
-        case httpx.ConnectTimeout() | httpx.ConnectError() | httpx.ProxyError():
-            return OriginFailure(Failure.UNREACHABLE, text)
-        case httpx.TimeoutException():
-            return OriginFailure(Failure.STALLED, "no bytes for too long")
-        case httpx.NetworkError():
-            return OriginFailure(Failure.CLOSED, text)
-        case httpx.RemoteProtocolError() if "closed" in text or "disconnected" in text:
-            return OriginFailure(Failure.CLOSED, text)
-        case httpx.RemoteProtocolError() if "buffer too long" in text:
-            return OriginFailure(Failure.PROTOCOL, "sent headers without end")
-        case httpx.LocalProtocolError():
-            return OriginFailure(Failure.LOCAL, f"our request is malformed: {text}")
-        case _:
-            return OriginFailure(Failure.PROTOCOL, text)
-
-
-def _failure_of(error: Exception, watch: Watch, limits: Limits) -> OriginFailure:
-    """Return what an httpx error means; after a cut, a missed deadline."""
-    if watch.is_cut:
-        detail = (
-            f"too slow: took over {limits.progress_timeout_s:g} s for "
-            f"{MIN_PROGRESS_BYTES} bytes or the headers"
-        )
-        return OriginFailure(Failure.STALLED, detail)
-    return translate(error)
-
-
-class Limits(NamedTuple):
-    """Deadlines of an exchange, in seconds.
-
-    Attributes
-    ----------
-    stall_timeout_s : float
-        Longest wait for any bytes.
-    progress_timeout_s : float
-        Longest wait for `MIN_PROGRESS_BYTES`, and for the headers with all redirects.
-    """
-
-    stall_timeout_s: float
-    progress_timeout_s: float
-
-
-class Body:
-    """The bytes of one answer, in order, in the portions the caller wants.
-
-    Parameters
-    ----------
-    pieces : Iterator[bytes]
-        The raw body.
-    watch : Watch
-        Keeps the deadlines.
-    limits : Limits
-        The deadlines.
-    note_progress : Callable[[int], None]
-        Hears of bytes received.
-    take : Callable[[int], int]
-        Waits for our own limit; returns how many of so many bytes may be taken.
-    """
-
-    def __init__(
-        self,
-        pieces: Iterator[bytes],
-        watch: Watch,
-        limits: Limits,
-        note_progress: Callable[[int], None],
-        take: Callable[[int], int],
-    ) -> None:
-        self._pieces = pieces
-        self._watch = watch
-        self._limits = limits
-        self._note_progress = note_progress
-        self._wait_for_limit = take
-        self._reported_at = 0.0
-        self._rest = memoryview(b"")
-        self._unreported = 0
-
-    def read_into(self, view: memoryview) -> None:
-        """Fill `view`.
-
-        Raises
-        ------
-        OriginFailure
-            CLOSED: the body ended before; STALLED: it did not come in time.
-        """
-        size = len(view)
-        filled = 0
-        with self._portion():
-            while filled < size:
-                taken = self._take(size - filled)
-                view[filled : filled + len(taken)] = taken
-                filled += len(taken)
-
-    def skip(self, byte_count: int) -> None:
-        """Read bytes that nobody wants; raises as `read_into` does."""
-        while byte_count > 0:
-            portion = min(byte_count, CHUNK_SIZE)
-            byte_count -= portion
-            with self._portion():
-                while portion > 0:
-                    portion -= len(self._take(portion))
-
-    def expect_end(self) -> None:
-        """Check that nothing follows, which leaves the connection fit for reuse.
-
-        Raises
-        ------
-        OriginFailure
-            PROTOCOL: more bytes came than were asked for.
-        """
-        with self._portion():
-            if self._rest or self._next_piece():
-                raise OriginFailure(Failure.PROTOCOL, "sent more bytes than were asked for")
-
-    def _take(self, limit: int) -> memoryview:
-        while not self._rest:
-            piece = self._next_piece()
-            if piece is None:
-                raise OriginFailure(Failure.CLOSED, "the answer ended too early")
-            self._rest = memoryview(piece)
-        room = self._wait_for_limit(min(limit, len(self._rest)))
-        taken, self._rest = self._rest[:room], self._rest[room:]
-        self._unreported += len(taken)
-        waited_s = time.monotonic() - self._reported_at
-        if self._unreported >= PROGRESS_BYTES or (
-            waited_s >= PROGRESS_INTERVAL_S and self._unreported >= MIN_PROGRESS_BYTES
-        ):
-            self._report()
-            self._watch.extend(self._limits.progress_timeout_s)
-        return taken
-
-    def _next_piece(self) -> bytes | None:
-        try:
-            return next(self._pieces, None)
-        except _HTTPX_ERRORS as error:
-            raise _failure_of(error, self._watch, self._limits) from error
-
-    @contextlib.contextmanager
-    def _portion(self) -> Iterator[None]:
-        with self._watch.deadline(self._limits.progress_timeout_s):
-            try:
-                yield
-            finally:
-                self._report()
-
-    def _report(self) -> None:
-        self._reported_at = time.monotonic()
-        if self._unreported:
-            self._note_progress(self._unreported)
-            self._unreported = 0
 
 
 class Answer(NamedTuple):
@@ -361,7 +156,7 @@ class OriginClient:
             if empty:
                 return 0, True, 0
             if response.status_code != 200:
-                raise _failure_of_status(response.status_code, response.headers, place)
+                raise failure_of_status(response.status_code, response.headers, place)
             if not (length.isascii() and length.isdigit() and len(length) < 18):
                 detail = f"{place.path}: the server does not say how long it is"
                 raise OriginFailure(Failure.PROTOCOL, detail)
@@ -434,8 +229,8 @@ class OriginClient:
             try:
                 with self._watch.deadline(self._limits.progress_timeout_s):
                     return self._follow(url, headers)
-            except _HTTPX_ERRORS as error:
-                failure = _failure_of(error, self._watch, self._limits)
+            except HTTPX_ERRORS as error:
+                failure = failure_of(error, self._watch, self._limits)
                 if attempt == SEND_ATTEMPTS or failure.failure is not Failure.CLOSED:
                     raise failure from error
         raise AssertionError("unreachable")
@@ -479,44 +274,22 @@ def _check_answer(response: httpx.Response, place: FileRange, start: int, stop: 
     """Check status and headers; tell whether the body is the whole file instead."""
     status, headers = response.status_code, response.headers
     if status not in (200, 206):
-        raise _failure_of_status(status, headers, place)
+        raise failure_of_status(status, headers, place)
     if headers.get("Content-Encoding", "identity").lower() != "identity":
         raise OriginFailure(Failure.PROTOCOL, f"{place.path}: came encoded, which we did not ask")
     length = headers.get("Content-Length")
     if status == 200:
         if length is not None and length != str(place.file_size):
-            raise _other_size(place)
+            raise other_size(place)
         return (start, stop) != (0, place.file_size)
     found = parse_content_range(headers.get("Content-Range", ""))
     if found is None or found[:2] != (start, stop):
         raise OriginFailure(Failure.PROTOCOL, f"{place.path}: came as another range than asked")
     if found.total != place.file_size:
-        raise _other_size(place)
+        raise other_size(place)
     if length is not None and length != str(stop - start):
         raise OriginFailure(Failure.PROTOCOL, f"{place.path}: came with another length than asked")
     return False
-
-
-def _failure_of_status(status: int, headers: httpx.Headers, place: FileRange) -> OriginFailure:
-    if status in (404, 410):
-        return OriginFailure(Failure.LACKS, f"{place.path}: not there ({status})", file_only=True)
-    if status in (401, 403, 407, 451):
-        detail = f"{place.path}: access refused ({status})"
-        return OriginFailure(Failure.REFUSED_ACCESS, detail, file_only=True)
-    if status == 416:
-        return _other_size(place)
-    if status in _BUSY:
-        pause_s = parse_retry_after(headers.get("Retry-After", ""), datetime.now(UTC))
-        if pause_s is None:
-            return OriginFailure(Failure.STALLED, f"busy ({status})", pause_s=DEFAULT_PAUSE_S)
-        detail = f"busy ({status}), asks to wait {pause_s:.0f} s"
-        return OriginFailure(Failure.STALLED, detail, pause_s=pause_s)
-    return OriginFailure(Failure.PROTOCOL, f"{place.path}: answered {status}")
-
-
-def _other_size(place: FileRange) -> OriginFailure:
-    detail = f"{place.path}: the file there has another size"
-    return OriginFailure(Failure.LACKS, detail, file_only=True)
 
 
 def _drain(response: httpx.Response) -> None:
@@ -528,7 +301,7 @@ def _drain(response: httpx.Response) -> None:
                 left -= len(piece)
                 if left < 0:
                     break
-    except _HTTPX_ERRORS:
+    except HTTPX_ERRORS:
         return  # the connection is lost; what the headers said still counts
     finally:
         response.close()

@@ -15,8 +15,10 @@ import httpx
 from tensorswarm.store.errors import NoSource, NotFound, Refused
 
 from ..swarm.source import Failure
+from .body import Limits
+from .failure import OriginFailure
 from .guard import Guard
-from .http import Limits, OriginClient, OriginFailure
+from .http import OriginClient
 from .origin import FileRange, display_url
 
 STALL_TIMEOUT_S = 10.0

@@ -49,8 +49,10 @@ from tensorswarm.store.errors import BadInput, LocalError
 
 from ..limits.rates import RateLimiter
 from ..swarm.source import Failure, Outcome, Report, Request, Sink, SourceWorker
+from .body import Body, Limits
+from .failure import OriginFailure
 from .guard import Guard
-from .http import Answer, Body, Limits, OriginClient, OriginFailure
+from .http import Answer, OriginClient
 from .origin import Piece, Place, continues_run, pieces_of_file, pieces_of_span, runs_of
 
 MAX_QUEUED_REQUESTS = 256

@@ -26,7 +26,7 @@ from typing import Any
 import trio
 
 from tensorswarm.p2p.bulk import http1
-from tensorswarm.p2p.bulk import server as bulk_server
+from tensorswarm.p2p.bulk.connection import ServedConnection
 from tensorswarm.p2p.node import LOOPBACK_LISTEN, Node
 from tensorswarm.store.digest import CHUNK_SIZE
 from tensorswarm.store.reader import ObjectReader
@@ -205,7 +205,7 @@ def spoil_answers(kind: str) -> None:
         if kind == "short":
             raise OSError("enough")
 
-    vars(bulk_server)["_Connection"]._answer = answer
+    ServedConnection._answer = answer  # type: ignore[method-assign]
 
 
 async def _run(args: argparse.Namespace) -> None:
