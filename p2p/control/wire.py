@@ -28,15 +28,22 @@ from typing import ClassVar, TypeAlias
 
 import msgpack
 
-from tensorswarm.store.digest import MAX_OBJECT_SIZE
 from tensorswarm.store.errors import BadInput, ProtocolError
 
 from . import wire_limits as limits
+from .wire_hints import ChunkListIs as ChunkListIs
+from .wire_hints import GetChunkList as GetChunkList
+from .wire_hints import GetPeers as GetPeers
+from .wire_hints import Peers as Peers
 from .wire_limits import BlobItem as BlobItem
 from .wire_limits import BlobPiece as BlobPiece
 from .wire_limits import Fields
 from .wire_limits import HaveEntry as HaveEntry
 from .wire_limits import PeerEntry as PeerEntry
+from .wire_models import HaveModel as HaveModel
+from .wire_models import ModelPart as ModelPart
+from .wire_models import WantModel as WantModel
+from .wire_models import fit_have_model as fit_have_model
 from .wire_offers import Offer as Offer
 from .wire_offers import Pass as Pass
 
@@ -219,91 +226,14 @@ class Blobs:
 
 
 @dataclass(frozen=True, slots=True)
-class GetChunkList:
-    """Asks for the size and the chunk list's digest of an object."""
-
-    kind: ClassVar[int] = 9
-    request_id: int
-    digest: bytes
-
-    @classmethod
-    def _parse(cls, raw: Fields) -> GetChunkList:
-        request_id, digest = limits.take_fields(raw, 2, "get_chunk_list")
-        return cls(
-            limits.take_request_id(request_id, "get_chunk_list"),
-            limits.take_digest(digest, "get_chunk_list.digest"),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkListIs:
-    """Answers get_chunk_list: a hint, which only the whole object's digest proves.
-
-    `size_bytes` is -1 when the sender does not know the object; `chunk_list` is the
-    chunk list's digest, or empty for an object of one chunk at most.
-    """
-
-    kind: ClassVar[int] = 10
-    request_id: int
-    digest: bytes
-    size_bytes: int
-    chunk_list: bytes
-
-    @classmethod
-    def _parse(cls, raw: Fields) -> ChunkListIs:
-        request_id, digest, raw_size, chunk_list = limits.take_fields(raw, 4, "chunk_list_is")
-        size_bytes = limits.take_int(raw_size, "chunk_list_is.size_bytes", -1, MAX_OBJECT_SIZE)
-        return cls(
-            limits.take_request_id(request_id, "chunk_list_is"),
-            limits.take_digest(digest, "chunk_list_is.digest"),
-            size_bytes,
-            limits.take_chunk_list_digest(chunk_list, "chunk_list_is.chunk_list", size_bytes),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class GetPeers:
-    """Asks for peers that hold something of an object; of anyone if `digest` is empty."""
-
-    kind: ClassVar[int] = 11
-    request_id: int
-    digest: bytes
-
-    @classmethod
-    def _parse(cls, raw: Fields) -> GetPeers:
-        request_id, digest = limits.take_fields(raw, 2, "get_peers")
-        return cls(
-            limits.take_request_id(request_id, "get_peers"),
-            limits.take_digest_or_empty(digest, "get_peers.digest"),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Peers:
-    """Answers get_peers: a hint, as nobody vouches for the addresses."""
-
-    kind: ClassVar[int] = 12
-    request_id: int
-    entries: tuple[PeerEntry, ...]
-
-    @classmethod
-    def _parse(cls, raw: Fields) -> Peers:
-        request_id, entries = limits.take_fields(raw, 2, "peers")
-        return cls(
-            limits.take_request_id(request_id, "peers"),
-            limits.take_items(entries, "peers.entry", limits.MAX_PEERS, limits.take_peer_entry),
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class Unknown:
     """A message of a kind this version does not know: to be skipped, and counted."""
 
     kind: int
 
 
-Request: TypeAlias = Want | GetBlobs | GetChunkList | GetPeers
-Answer: TypeAlias = Have | Blobs | ChunkListIs | Peers | Refusal
+Request: TypeAlias = Want | WantModel | GetBlobs | GetChunkList | GetPeers
+Answer: TypeAlias = Have | HaveModel | Blobs | ChunkListIs | Peers | Refusal
 Message: TypeAlias = Hello | Bye | Unwant | Offer | Pass | Unknown | Request | Answer
 
 
@@ -315,7 +245,7 @@ _PARSERS: dict[int, Callable[[Fields], Message]] = {
     cls.kind: cls._parse
     for cls in (
         *(Hello, Bye, Refusal, Want, Have, Unwant, GetBlobs, Blobs),
-        *(GetChunkList, ChunkListIs, GetPeers, Peers, Offer, Pass),
+        *(GetChunkList, ChunkListIs, GetPeers, Peers, Offer, Pass, WantModel, HaveModel),
     )
 }
 
@@ -497,6 +427,7 @@ class State(Enum):
 
 _ANSWER_KINDS: dict[int, int] = {
     Want.kind: Have.kind,
+    WantModel.kind: HaveModel.kind,
     GetBlobs.kind: Blobs.kind,
     GetChunkList.kind: ChunkListIs.kind,
     GetPeers.kind: Peers.kind,
@@ -579,7 +510,7 @@ class Conversation:
             return False
         if message.kind not in (expected, Refusal.kind):
             raise ProtocolError("an answer of another kind than the request's")
-        if not isinstance(message, Have | Blobs) or message.last:
+        if not isinstance(message, Have | HaveModel | Blobs) or message.last:
             del self._open[request_id]
         return True
 

@@ -68,6 +68,10 @@ MAX_SUBSCRIPTIONS = 1 << 17
 """Digests one neighbour may be subscribed to (the shell counts them): the largest
 models have about 100,000 tensors; held in memory they take some 12 MiB."""
 
+MAX_MODEL_SUBSCRIPTIONS = 64
+"""Models one neighbour may be subscribed to as such (the shell counts them): their tables of
+objects are shared by all neighbours, and a node fetches a few at a time."""
+
 MAX_HAVE_ENTRIES = 8192
 """Entries in one have: as many as one want can ask for."""
 
@@ -125,6 +129,8 @@ CODE_BAD_REQUEST = 3
 """Refusal: understood, but it cannot be answered; bye: the protocol was broken."""
 CODE_TOO_MANY = 4
 """Refusal, bye: a limit on requests, subscriptions or neighbours is reached."""
+CODE_UNKNOWN_MODEL = 5
+"""Refusal of a want_model: the manifest is not here; ask by digests."""
 
 Fields = tuple[object, ...]
 """A msgpack array as it was read."""

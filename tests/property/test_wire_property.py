@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tensorswarm.p2p.control import wire, wire_limits
 from tensorswarm.store.digest import CHUNK_SIZE, MAX_OBJECT_SIZE, chunk_count
+from tensorswarm.store.manifest import MAX_OBJECTS
 
 MAX_SMALL_SIZE = 40 * CHUNK_SIZE
 
@@ -57,6 +58,28 @@ def chunk_lists(draw: st.DrawFn) -> wire.ChunkListIs:
     return wire.ChunkListIs(draw(request_ids), draw(digests), size, chunk_list)
 
 
+@st.composite
+def runs(draw: st.DrawFn, most: int = 5) -> list[tuple[int, int]]:
+    """Runs of objects, each as the first and the one after the last."""
+    edges = draw(st.lists(st.integers(0, MAX_OBJECTS), max_size=2 * most, unique=True))
+    edges = sorted(edges)[: len(edges) // 2 * 2]
+    return list(zip(edges[::2], edges[1::2], strict=True))  # unique: there are gaps
+
+
+@st.composite
+def model_parts(draw: st.DrawFn) -> list[wire.ModelPart]:
+    indices = draw(st.lists(st.integers(0, MAX_OBJECTS - 1), max_size=5, unique=True))
+    return [wire.ModelPart(index, draw(st.binary(max_size=40))) for index in sorted(indices)]
+
+
+@st.composite
+def model_holdings(draw: st.DrawFn) -> wire.HaveModel:
+    flat = tuple([number for start, stop in draw(runs()) for number in (start, stop - start)])
+    request_id = draw(st.just(0) | request_ids)
+    parts = tuple(draw(model_parts()))
+    return wire.HaveModel(request_id, draw(digests), flat, parts, draw(st.booleans()))
+
+
 peer_entries = st.builds(
     wire.PeerEntry,
     st.from_regex(r"[0-9A-Za-z]{1,128}", fullmatch=True),
@@ -86,6 +109,8 @@ messages: st.SearchStrategy[wire.Message] = st.one_of(
     chunk_lists(),
     st.builds(wire.GetPeers, request_ids, digests | st.just(b"")),
     st.builds(wire.Peers, request_ids, tuples(peer_entries, 3)),
+    st.builds(wire.WantModel, request_ids, digests),
+    model_holdings(),
 )
 
 
@@ -135,6 +160,29 @@ def test_have_fits_frames_and_loses_nothing(
     assert [frame.last for frame in frames] == [False] * (len(frames) - 1) + [True]
     assert all(frame.request_id == request_id and frame.entries for frame in frames)
     assert all(len(wire.encode(frame)) <= 4 + wire_limits.MAX_FRAME_BYTES for frame in frames)
+
+
+@given(
+    st.integers(0, 5),
+    st.integers(0, 10_000),
+    st.integers(0, 9_000),
+    st.lists(st.sampled_from((1, 300_000, 512 << 10)), max_size=6),
+)
+@settings(max_examples=30, deadline=None)
+def test_have_model_fits_frames_and_loses_nothing(
+    request_id: int, run_count: int, small_parts: int, large_parts: list[int]
+) -> None:
+    told = [(3 * i, 3 * i + 2) for i in range(run_count)]
+    sizes = [1] * small_parts + large_parts
+    parts = [wire.ModelPart(3 * i + 2, bytes(size)) for i, size in enumerate(sizes)]
+    frames = list(wire.fit_have_model(request_id, bytes(32), told, parts))
+    assert [run for frame in frames for run in frame.runs()] == told
+    assert [part for frame in frames for part in frame.parts] == parts
+    assert [frame.last for frame in frames[:-1]] == [False] * (len(frames) - 1)
+    assert not frames or frames[-1].last
+    assert bool(frames) == bool(request_id or told or parts)
+    for frame in frames:
+        assert read_all([wire.encode(frame)]) == [frame]
 
 
 @given(st.lists(st.integers(0, 1_500_000), max_size=6), st.integers(0, 2500))

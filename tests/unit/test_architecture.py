@@ -28,6 +28,7 @@ IO_FREE = (
     "p2p/origins/origin.py",
     "p2p/limits/fair_queue.py",
     "p2p/limits/patience.py",
+    "p2p/reach/dcutr.py",
     "store/cid.py",
     "store/digest.py",
     "store/dtypes.py",

@@ -39,6 +39,8 @@ MESSAGES: list[wire.Message] = [
     wire.Peers(1, ()),
     wire.Offer(DIGEST, 0),
     wire.Pass(DIGEST),
+    wire.WantModel(1, DIGEST),
+    wire.HaveModel(1, DIGEST, (), (), last=True),
 ]
 
 
@@ -103,8 +105,8 @@ def test_vector_is_a_violation(vector: dict[str, Any]) -> None:
 
 
 def test_vectors_cover_every_kind() -> None:
-    assert {vector["message"][0] for vector in VECTORS["valid"]} == set(range(1, 15))
-    assert {message.kind for message in MESSAGES} == set(range(1, 15))
+    assert {vector["message"][0] for vector in VECTORS["valid"]} == set(range(1, 17))
+    assert {message.kind for message in MESSAGES} == set(range(1, 17))
 
 
 # ---- the document
@@ -127,6 +129,7 @@ def test_document_names_every_kind_and_its_answer() -> None:
     answers = {name: answer for _, name, answer in rows if answer != "–"}
     assert answers == {
         "want": "have",
+        "want_model": "have_model",
         "get_blobs": "blobs",
         "get_chunk_list": "chunk_list_is",
         "get_peers": "peers",
@@ -138,6 +141,7 @@ def test_document_state_table_is_what_conversation_does() -> None:
     assert [row[0] for row in rows] == ["silent", "open", "closed"]
     others = [message for message in MESSAGES if message not in (HELLO, BYE)]
     others += [wire.Have(0, (), last=True), wire.Refusal(0, 1, ""), wire.Unknown(99)]
+    others += [wire.HaveModel(0, DIGEST, (), (), last=True)]
     for state, on_hello, on_bye, on_other in rows:
         cases: list[tuple[wire.Message, str]] = [(HELLO, on_hello), (BYE, on_bye)]
         cases += [(message, on_other) for message in others]
@@ -147,6 +151,7 @@ def test_document_state_table_is_what_conversation_does() -> None:
 
 REQUESTS: dict[int, wire.Request] = {
     wire.Have.kind: wire.Want(1, ()),
+    wire.HaveModel.kind: wire.WantModel(1, DIGEST),
     wire.Blobs.kind: wire.GetBlobs(1, ()),
     wire.Peers.kind: wire.GetPeers(1, b""),
 }
@@ -188,6 +193,7 @@ def _conversation(theirs: wire.State) -> wire.Conversation:
         ("MAX_SUBSCRIPTIONS", "131,072"),
         ("MAX_HAVE_ENTRIES", "8,192"),
         ("MAX_BITMAP_BYTES", "524,288"),
+        ("MAX_MODEL_SUBSCRIPTIONS", "64 subscriptions to models"),
         ("MAX_BLOB_ITEMS", "1,024"),
         ("MAX_BLOB_DATA_PER_FRAME", "524,288"),
         ("MAX_PEERS", "64"),
