@@ -45,6 +45,13 @@ MAY_BE_ZERO = frozenset(
 )  # fmt: skip
 """Parameters of which 0 makes sense though it is not their default."""
 
+ALWAYS_REPORTED = (
+    "nodes", "chunks", "optimum_s", "last_s", "ratio", "origin_copies", "wasted_bytes",
+    "trace_digest",
+)  # fmt: skip
+"""Figures that every summary has, so that runs of any scenario fit one table; None where
+a scenario knows no such thing."""
+
 
 class Parameters(Mapping[str, Value]):
     """Values by name, read with the type that the scenario expects.
@@ -201,7 +208,8 @@ class Scenario:
             outcome: Outcome = self.module.run(Parameters(values), seed)
         if not isinstance(outcome, Outcome):
             raise BadInput(f"{self.path}: run() gave {type(outcome).__name__}, not an Outcome")
-        outcome.summary = {"scenario": self.name, "seed": seed, **outcome.summary}
+        figures = {**dict.fromkeys(ALWAYS_REPORTED), **outcome.summary}
+        outcome.summary = {"scenario": self.name, "seed": seed, **figures}
         return outcome
 
 

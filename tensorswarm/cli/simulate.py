@@ -28,8 +28,9 @@ def simulate(args: argparse.Namespace, output: Output) -> int:
     document: dict[str, Any] = {**outcome.summary, "failures": outcome.failures}
 
     def text() -> None:
-        width = max(map(len, outcome.summary))
-        for name, value in outcome.summary.items():
+        known = {name: value for name, value in outcome.summary.items() if value is not None}
+        width = max(map(len, known))
+        for name, value in known.items():
             shown = f"{value:.6g}" if isinstance(value, float) else value
             output.say(f"{name:<{width}}  {shown}")
         for rows in outcome.tables.values():

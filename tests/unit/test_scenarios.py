@@ -100,6 +100,13 @@ def test_the_command_prints_one_document_and_writes_the_files(
     assert (out / "line.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_every_summary_has_the_same_first_figures(own: str) -> None:
+    for name, parameters in ((own, {}), ("kademlia", {"nodes": "50", "lookups": "5"})):
+        summary = scenario.find(name).run(1, parameters).summary
+        assert set(scenario.ALWAYS_REPORTED) < set(summary)
+        assert summary["ratio"] is None
+
+
 def test_a_failed_run_prints_the_command_that_replays_it(
     own: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
