@@ -59,22 +59,32 @@ class Engine:
 
     def after(self, delay_s: float, event: Event, *args: Any) -> None:
         """Let something happen after a delay."""
-        self.at(self.now + delay_s, event, *args)
+        self._number += 1
+        time = self.now + delay_s
+        entry = (time, self._number, event, args)
+        slot = int(time * SLOTS_PER_S)
+        if slot <= self._slot:
+            heapq.heappush(self._present, entry)
+        elif slot in self._later:
+            self._later[slot].append(entry)
+        else:
+            self._later[slot] = [entry]
+            heapq.heappush(self._later_slots, slot)
 
     def run(self, until: float, is_over: Callable[[], bool]) -> None:
         """Let events happen until it is over, none is left, or a time has come."""
-        present = self._present
+        present, pop = self._present, heapq.heappop
         while not is_over():
             if not present:
                 if not self._later_slots:
                     return
-                self._slot = heapq.heappop(self._later_slots)
+                self._slot = pop(self._later_slots)
                 present += self._later.pop(self._slot)
                 heapq.heapify(present)
             if present[0][0] > until:
                 self.now = until
                 return
-            self.now, _, event, args = heapq.heappop(present)
+            self.now, _, event, args = pop(present)
             self.event_count += 1
             event(*args)
 

@@ -61,7 +61,9 @@ class Network:
 
     def send(self, uplink: Link, downlink: Link, size_bytes: int, done: Callable[[], None]) -> Flow:
         """Begin to send; `done` is called when the last byte has left."""
-        links = tuple(link for link in (uplink, downlink) if link.bytes_per_s < math.inf)
+        links: tuple[Link, ...] = (uplink, downlink)
+        if math.inf in (uplink.bytes_per_s, downlink.bytes_per_s):
+            links = tuple([link for link in links if link.bytes_per_s < math.inf])
         flow = Flow(links, float(size_bytes), done)
         flow.since = self._engine.now
         for link in links:
@@ -73,6 +75,7 @@ class Network:
     def stop(self, flow: Flow) -> None:
         """Break a flow off."""
         self._leave(flow)
+        flow.done = _nothing
 
     def _finish(self, flow: Flow, version: int) -> None:
         if flow.version != version:

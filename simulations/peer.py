@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 import random
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tensorswarm.p2p.control import wire
 from tensorswarm.p2p.swarm.membership import Membership
@@ -21,6 +22,7 @@ from tensorswarm.p2p.swarm.source import Failure, Request, Span
 from tensorswarm.p2p.swarm.upload_slots import UploadSlots, Waiting
 from tensorswarm.store.digest import CHUNK_SIZE
 
+from .nature import Nature as Nature
 from .network import Flow, Link
 
 if TYPE_CHECKING:
@@ -34,49 +36,7 @@ ROSTER = 32
 it may be (`PlannerLimits.duty_longest_s`)."""
 
 
-@dataclass(frozen=True)
-class Nature:
-    """What a node is like.
-
-    Attributes
-    ----------
-    uplink_bytes_per_s, downlink_bytes_per_s : float
-        Its line.
-    starts_at, leaves_at : float
-        When it is there.
-    is_liar : bool
-        Whether it claims to have everything and sends wrong bytes.
-    is_staller : bool
-        Whether it claims to have everything and never answers.
-    is_behind_nat : bool
-        Whether it can only be reached by those it dialled itself.
-    has_everything : bool
-        Whether it is a seed.
-    stays_s : float
-        How long it stays after it has finished.
-    wants : int or None
-        The chunks it wants, as a set of bits; None for all. Who wants the same shares
-        origin duty.
-    """
-
-    uplink_bytes_per_s: float
-    downlink_bytes_per_s: float
-    starts_at: float = 0.0
-    leaves_at: float = float("inf")
-    is_liar: bool = False
-    is_staller: bool = False
-    is_behind_nat: bool = False
-    has_everything: bool = False
-    stays_s: float = float("inf")
-    wants: int | None = None
-
-    @property
-    def is_honest(self) -> bool:
-        """Whether it does what it says."""
-        return not (self.is_liar or self.is_staller)
-
-
-@dataclass
+@dataclass(slots=True)
 class Serving:
     """A request that is being served."""
 
@@ -87,11 +47,12 @@ class Serving:
     is_cancelled: bool = False
 
 
-@dataclass
+@dataclass(slots=True)
 class Known:
-    """What a node knows of one neighbour."""
+    """What a node knows of one neighbour, and whether it makes it offers."""
 
     peer: SimulatedPeer
+    is_served: bool
     mask: int = 0
     given_bytes: int = 0
     asked: dict[int, Request] = field(default_factory=dict)
@@ -99,6 +60,8 @@ class Known:
 
 def chunks_of(spans: tuple[Span, ...]) -> list[tuple[int, int]]:
     """Return the chunks of some spans, in order."""
+    if len(spans) == 1 and spans[0].count == 1:
+        return [spans[0][:2]]
     return [
         (span.object_index, chunk)
         for span in spans
@@ -159,7 +122,7 @@ class SimulatedPeer:
         self._roster: list[str] | None = None
         self._answer = wire.Peers(1, ())
         self._answer_until = 0.0
-        self.in_flight: dict[tuple[str, int], set[tuple[int, int]]] = {}
+        self.in_flight: dict[tuple[str, int], Request] = {}
         self.wants = world.everything if nature.wants is None else nature.wants
         self.planner = None
         if not nature.has_everything and nature.is_honest:
@@ -259,8 +222,9 @@ class SimulatedPeer:
         """Note a new neighbour: ask what it has, and whom it knows."""
         if peer.name in self.neighbours or peer.name in self.banned:
             return
-        self.neighbours[peer.name] = Known(peer)
-        if peer.planner is not None and self.world.setup.makes_offers:
+        is_served = peer.planner is not None and self.world.setup.makes_offers
+        self.neighbours[peer.name] = Known(peer, is_served)
+        if is_served:
             self.slots.peer_has(peer.name, self.world.everything & ~peer.wants)
         if not peer.nature.has_everything:
             self.membership.met(peer.name)
@@ -328,36 +292,36 @@ class SimulatedPeer:
     def receive(self, sender: SimulatedPeer, message: wire.Message) -> None:
         """Take a message from a neighbour."""
         known = self.neighbours.get(sender.name)
-        if known is None:
-            return
-        match message:
-            case wire.Have():
-                self._heard(known, message)
-            case wire.Want():
-                self.send(sender, wire.Have(message.request_id, self._entries(), last=True))
-            case wire.GetPeers():
-                now = self.world.engine.now
-                if now >= self._answer_until:
-                    self._answer_until = now + self.world.setup.exchange_soon_s
-                    names = self.membership.to_tell(now)
-                    entries = tuple(wire.PeerEntry(name, ("/sim",)) for name in names)
-                    self._answer = wire.Peers(message.request_id, entries)
-                self.send(sender, self._answer)
-            case wire.Offer():
-                if self.planner is not None:
-                    now = self.world.engine.now
-                    self.planner.source_offers(now, sender.name, 0, message.chunk)
-                    self.act_soon()
-            case wire.Pass():
-                self.slots.passed(self.world.engine.now, sender.name)
-                self._begin_serving()
-            case wire.Peers():
-                names = [entry.peer_id for entry in message.entries]
-                self.membership.heard(self.world.engine.now, names, sender.name)
-                self._roster_changed()
-                self._dial()
-            case _:
-                raise AssertionError(f"nobody sends {message}")
+        if known is not None:
+            _TAKERS[type(message)](self, known, message)
+
+    def _asked_what_it_has(self, known: Known, message: wire.Want) -> None:
+        self.send(known.peer, wire.Have(message.request_id, self._entries(), last=True))
+
+    def _asked_whom_it_knows(self, known: Known, message: wire.GetPeers) -> None:
+        now = self.world.engine.now
+        if now >= self._answer_until:
+            self._answer_until = now + self.world.setup.exchange_soon_s
+            names = self.membership.to_tell(now)
+            entries = tuple([wire.PeerEntry(name, ("/sim",)) for name in names])
+            self._answer = wire.Peers(message.request_id, entries)
+        self.send(known.peer, self._answer)
+
+    def _offered(self, known: Known, message: wire.Offer) -> None:
+        if self.planner is not None:
+            now = self.world.engine.now
+            self.planner.source_offers(now, known.peer.name, 0, message.chunk)
+            self.act_soon()
+
+    def _passed(self, known: Known, message: wire.Pass) -> None:
+        self.slots.passed(self.world.engine.now, known.peer.name)
+        self._begin_serving()
+
+    def _told_of_others(self, known: Known, message: wire.Peers) -> None:
+        names = [entry.peer_id for entry in message.entries]
+        self.membership.heard(self.world.engine.now, names, known.peer.name)
+        self._roster_changed()
+        self._dial()
 
     def _entries(self) -> tuple[wire.HaveEntry, ...]:
         world = self.world
@@ -381,12 +345,12 @@ class SimulatedPeer:
             if not peer.wants & ~known.mask:
                 self.membership.finished(peer.name)
                 self._roster_changed()
-            is_served = self.world.setup.makes_offers and peer.planner is not None
-            if is_served and self.slots.peer_has(peer.name, mask):
+            if known.is_served and self.slots.peer_has(peer.name, mask):
                 self._begin_serving()
-            if planner is not None and not planner.is_done():
+            if planner is not None and self.finished_at is None:
                 planner.source_holds(self.world.engine.now, peer.name, 0, bitmap)
-                self._act_if_due()
+                if self._acting_at is None and planner.has_news:
+                    self.act_soon()
 
     def _tell(self) -> None:
         """Tell neighbours what is new, in one message for all that came meanwhile."""
@@ -437,18 +401,17 @@ class SimulatedPeer:
 
     def _ask(self, request: Request) -> None:
         world = self.world
-        self.in_flight[request.source, request.request_id] = set(chunks_of(request.spans))
+        self.in_flight[request.source, request.request_id] = request
         world.checker.asked(self, request)
         if request.source == "origin":
             assert world.origin is not None
             origin = world.origin
             self.origin_asked_at = world.engine.now
-            world.engine.after(world.setup.latency_s, lambda: origin.asked(self, request))
+            world.engine.after(world.setup.latency_s, origin.asked, self, request)
             return
         known = self.neighbours[request.source]
         known.asked[request.request_id] = request
-        peer = known.peer
-        world.engine.after(world.setup.latency_s, lambda: peer.asked(self, request))
+        world.engine.after(world.setup.latency_s, known.peer.asked, self, request)
 
     def _cancel(self, cancel: Cancel) -> None:
         self.in_flight.pop((cancel.source, cancel.request_id), None)
@@ -458,10 +421,7 @@ class SimulatedPeer:
         known = self.neighbours.get(cancel.source)
         if known is not None:
             known.asked.pop(cancel.request_id, None)
-            peer = known.peer
-            world.engine.after(
-                world.setup.latency_s, lambda: peer.cancelled(self, cancel.request_id)
-            )
+            world.engine.after(world.setup.latency_s, known.peer.cancelled, self, cancel.request_id)
 
     def _drop(self, drop: Drop) -> None:
         world = self.world
@@ -598,3 +558,14 @@ class SimulatedPeer:
         serving = self.serving.pop((waiting.peer, waiting.ticket), None)
         if serving is not None and serving.flow is not None:
             self.world.network.stop(serving.flow)
+
+
+_TAKERS: dict[type, Callable[[SimulatedPeer, Known, Any], None]] = {
+    wire.Have: SimulatedPeer._heard,
+    wire.Want: SimulatedPeer._asked_what_it_has,
+    wire.GetPeers: SimulatedPeer._asked_whom_it_knows,
+    wire.Offer: SimulatedPeer._offered,
+    wire.Pass: SimulatedPeer._passed,
+    wire.Peers: SimulatedPeer._told_of_others,
+}
+"""What a node does with each kind of message; nobody sends any other."""

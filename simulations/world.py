@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import random
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -175,6 +176,8 @@ class World:
         self._wakes: dict[str, float] = {}
         self._reader = wire.FrameReader()
         self._framed: dict[wire.Message, wire.Message] = {}
+        self._in_transit: deque[tuple[float, Transfer]] = deque()
+        self._is_watching = False
         for peer in self.peers:
             self.engine.at(peer.nature.starts_at, peer.start)
             if peer.nature.leaves_at < float("inf"):
@@ -311,18 +314,25 @@ class World:
 
     def framed(self, message: wire.Message) -> wire.Message:
         """Return what a receiver makes of a message's frame; equal ones are read once."""
+        if isinstance(message, wire.Have) and not message.request_id:  # seldom the same twice
+            return self._read(message)
         received = self._framed.get(message)
         if received is None:
-            self._reader.feed(wire.encode(message))
-            received = self._reader.next_message()
-            assert received is not None
+            received = self._read(message)
             if len(self._framed) >= MAX_FRAMED:
                 self._framed.clear()
             self._framed[message] = received
         return received
 
+    def _read(self, message: wire.Message) -> wire.Message:
+        self._reader.feed(wire.encode(message))
+        received = self._reader.next_message()
+        assert received is not None
+        return received
+
+    @staticmethod
     def _arrive(
-        self, sender: SimulatedPeer, receivers: Sequence[SimulatedPeer], message: wire.Message
+        sender: SimulatedPeer, receivers: Sequence[SimulatedPeer], message: wire.Message
     ) -> None:
         for receiver in receivers:
             receiver.receive(sender, message)
@@ -340,45 +350,63 @@ class World:
         after: Callable[[], None],
     ) -> Flow:
         """Send one chunk; `after` is called when the last byte has left."""
-        transfer = Transfer(self.engine, asker, source, request, chunk, is_good, is_last)
-        latency_s = self.setup.latency_s
-
-        def left() -> None:
-            self.engine.after(latency_s, transfer.arrive)
-            after()
-
-        transfer.flow = self.network.send(uplink, asker.downlink, CHUNK_SIZE, left)
-        self.engine.after(PROGRESS_S, transfer.report)
+        transfer = Transfer(self, asker, source, request, chunk, is_good, is_last, after)
+        transfer.flow = self.network.send(uplink, asker.downlink, CHUNK_SIZE, transfer.left)
+        self._in_transit.append((self.engine.now + PROGRESS_S, transfer))
+        if not self._is_watching:
+            self._is_watching = True
+            self.engine.after(PROGRESS_S, self._report)
         return transfer.flow
+
+    def _report(self) -> None:
+        """Tell of what has been on its way for a while; most is there long before."""
+        in_transit, now = self._in_transit, self.engine.now
+        while in_transit:
+            at, transfer = in_transit[0]
+            if transfer.is_moving() and at > now:
+                self.engine.at(at, self._report)
+                return
+            in_transit.popleft()
+            if transfer.is_moving():
+                transfer.report()
+                in_transit.append((now + PROGRESS_S, transfer))
+        self._is_watching = False
 
 
 class Transfer:
     """One chunk on its way to whoever asked for it."""
 
     __slots__ = (
-        "_asker", "_chunk", "_engine", "_is_good", "_is_last", "_request", "_source",
-        "_told_bytes", "flow",
+        "_after", "_asker", "_chunk", "_is_good", "_is_last", "_request", "_source",
+        "_told_bytes", "_world", "flow",
     )  # fmt: skip
 
     def __init__(
         self,
-        engine: Engine,
+        world: World,
         asker: SimulatedPeer,
         source: str,
         request: Request,
         chunk: tuple[int, int],
         is_good: bool,
         is_last: bool,
+        after: Callable[[], None],
     ) -> None:
-        self._engine = engine
+        self._world = world
         self._asker = asker
         self._source = source
         self._request = request
         self._chunk = chunk
         self._is_good = is_good
         self._is_last = is_last
+        self._after = after
         self._told_bytes = 0
         self.flow: Flow | None = None
+
+    def left(self) -> None:
+        """Note that the last byte has left."""
+        self._world.engine.after(self._world.setup.latency_s, self.arrive)
+        self._after()
 
     def arrive(self) -> None:
         """Give the asker the whole chunk."""
@@ -386,13 +414,15 @@ class Transfer:
             self._source, self._request, self._chunk, is_good=self._is_good, is_last=self._is_last
         )
 
+    def is_moving(self) -> bool:
+        """Tell whether bytes of it have still to leave."""
+        return self.flow is not None and self.flow.version >= 0
+
     def report(self) -> None:
-        """Tell the asker, now and then, how much is there."""
-        flow, engine = self.flow, self._engine
-        if flow is None or flow.version < 0:
-            return
-        gone = CHUNK_SIZE - flow.left_bytes + flow.rate * (engine.now - flow.since)
+        """Tell the asker how much is there."""
+        flow = self.flow
+        assert flow is not None
+        gone = CHUNK_SIZE - flow.left_bytes + flow.rate * (self._world.engine.now - flow.since)
         new_bytes = int(gone) - self._told_bytes
         self._told_bytes += new_bytes
         self._asker.progressed(self._source, self._request.request_id, new_bytes)
-        engine.after(PROGRESS_S, self.report)

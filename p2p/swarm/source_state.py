@@ -302,9 +302,12 @@ class SourceState:
         self.level = min(self.level, level)
 
     def gain(self, chunks: ChunkMap, block: int, mask: int) -> bool:
-        """Note that the source holds some chunks of a block; return whether it is work."""
+        """Note that the source holds some chunks of a block; return whether it is work.
+
+        Of chunks that are proved already nothing is noted: nobody asks who holds them.
+        """
         held = self.held
-        new = mask & ~held[block]
+        new = mask & ~(held[block] | chunks.proved[block])
         if not new:
             return False
         held[block] |= new

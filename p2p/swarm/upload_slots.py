@@ -90,8 +90,10 @@ class UploadSlots:
         self._is_rarest_first = is_rarest_first
         self._is_eager = is_eager
         self._peers: dict[str, int] = {}
-        self._offered: dict[str, tuple[int, float]] = {}
-        self._passed: dict[str, float] = {}
+        self._known: int | None = 0  # what any of them holds; None when it is to be found out
+        self._offered: dict[str, tuple[int, float]] = {}  # those that lapse first, first
+        self._passed: dict[str, float] = {}  # until when each is left alone
+        self._passed_until = math.inf  # the first of these
         self._waiting: dict[tuple[str, int], Waiting] = {}
         self._per_peer: Counter[str] = Counter()
         self.active: dict[tuple[str, int], Waiting] = {}
@@ -106,6 +108,8 @@ class UploadSlots:
         """
         held |= self._peers.get(peer, 0)
         self._peers[peer] = held
+        if self._known is not None:
+            self._known |= held
         return (
             peer in self._offered
             and not self.held & ~held
@@ -115,12 +119,15 @@ class UploadSlots:
     def set_peer(self, peer: str, held: int) -> None:
         """Note all that a neighbour holds or does not want, in place of what was noted."""
         self._peers[peer] = held
+        self._known = None
 
     def forget(self, peer: str) -> list[Waiting]:
         """Forget a neighbour that has gone; return those of its requests being served."""
-        self._peers.pop(peer, None)
+        if self._peers.pop(peer, 0):
+            self._known = None
         self._offered.pop(peer, None)
-        self._passed.pop(peer, None)
+        if self._passed.pop(peer, None) is not None:
+            self._passed_until = min(self._passed.values(), default=math.inf)
         for key in [key for key in self._waiting if key[0] == peer]:
             self.withdraw(*key)
         return [self.active.pop(key) for key in list(self.active) if key[0] == peer]
@@ -129,35 +136,52 @@ class UploadSlots:
 
     def offers(self, now: float) -> list[tuple[str, int]]:
         """Return the offers to make now: neighbour and position."""
-        for peer in [peer for peer, (_, until) in self._offered.items() if until <= now]:
-            del self._offered[peer]
-            self._passed[peer] = now + OFFER_S
+        self._settle(now)
         made: list[tuple[str, int]] = []
         while True:
             spare = self._slots + self.ahead
             spare -= len(self._offered) + len(self._waiting) + len(self.active)
-            if self._is_eager:
+            if self._is_eager and spare > -2:
                 spare += (not self.active and not self._waiting) + self._has_fresh()
             if spare <= 0:
                 break
-            choice = self._choose(now)
+            choice = self._choose()
             if choice is None:
                 break
             made.append(choice)
             self._offered[choice[0]] = choice[1], now + OFFER_S
         return made
 
+    def _settle(self, now: float) -> None:
+        """Let offers lapse that nobody took up, and forgive those that passed."""
+        while self._offered:
+            peer, (_, until) = next(iter(self._offered.items()))
+            if until > now:
+                break
+            del self._offered[peer]
+            self._leave_alone(peer, now + OFFER_S)
+        if self._passed_until <= now:
+            self._passed = {peer: until for peer, until in self._passed.items() if until > now}
+            self._passed_until = min(self._passed.values(), default=math.inf)
+
+    def _leave_alone(self, peer: str, until: float) -> None:
+        self._passed[peer] = until
+        self._passed_until = min(self._passed_until, until)
+
     def next_deadline(self, now: float) -> float:
         """Return when to look for offers again if nothing happens before."""
-        lapses = [until for _, until in self._offered.values()]
-        return min([*lapses, *(at for at in self._passed.values() if at > now)], default=math.inf)
+        self._settle(now)
+        for _, until in self._offered.values():
+            return min(until, self._passed_until)
+        return self._passed_until
 
     def _has_fresh(self) -> bool:
         """Tell whether we hold something that no neighbour has or is about to get from us."""
-        known = 0
-        for has in self._peers.values():
-            known |= has
-        fresh = self.held & ~known
+        if self._known is None:
+            self._known = 0
+            for has in self._peers.values():
+                self._known |= has
+        fresh = self.held & ~self._known
         if not fresh or not self._peers:
             return False
         for each in (*self.active.values(), *self._waiting.values()):
@@ -166,46 +190,63 @@ class UploadSlots:
             fresh &= ~(1 << chunk)
         return bool(fresh)
 
-    def _choose(self, now: float) -> tuple[str, int] | None:
-        free = {
-            peer: self.held & ~has
-            for peer, has in self._peers.items()
-            if peer not in self._offered and self._passed.get(peer, 0.0) <= now
-        }
+    def _choose(self) -> tuple[str, int] | None:
+        free: dict[str, int] = {}
         lacked = 0
-        for lacks in free.values():
-            lacked |= lacks
-        for key, each in (*self.active.items(), *self._waiting.items()):
-            if key[0] in free:
-                free[key[0]] &= ~(1 << each.chunk)
+        held, offered, passed = self.held, self._offered, self._passed
+        for peer, has in self._peers.items():
+            lacks = held & ~has
+            if lacks and peer not in offered and peer not in passed:
+                free[peer] = lacks
+                lacked |= lacks
         if not lacked:
             return None
+        for requests in (self.active, self._waiting):
+            for key, each in requests.items():
+                if key[0] in free:
+                    free[key[0]] &= ~(1 << each.chunk)
         rarest = self._rarest(lacked)
         while rarest:
             position = _random_bit(rarest, self._rng)
-            takers = [peer for peer, lacks in free.items() if lacks >> position & 1]
+            bit = 1 << position
+            takers = [peer for peer, lacks in free.items() if lacks & bit]
             if takers:
                 return self._neediest(takers), position
-            lacked ^= 1 << position
+            lacked ^= bit
             rarest = self._rarest(lacked)
         return None
 
     def _neediest(self, takers: list[str]) -> str:
         """Return the one with least of a few: stragglers catch up, and nobody takes all."""
-        some = [takers[int(self._rng.random() * len(takers))] for _ in range(COMPARED_TAKERS)]
-        return min(some, key=lambda peer: self._peers[peer].bit_count())
+        random, peers, count = self._rng.random, self._peers, len(takers)
+        best, fewest = "", math.inf
+        for _ in range(COMPARED_TAKERS):
+            peer = takers[int(random() * count)]
+            has = peers[peer].bit_count()
+            if has < fewest:
+                best, fewest = peer, has
+        return best
 
     def _rarest(self, candidates: int) -> int:
         """Return those candidates that the fewest neighbours have, or get from us."""
         if not candidates or not self._is_rarest_first:
             return candidates
-        planes: list[int] = []
+        planes: list[int] = [0]
         for has in self._peers.values():
-            _count(planes, has & candidates)
-        for each in (*self.active.values(), *self._waiting.values()):
-            _count(planes, 1 << each.chunk & candidates)
-        for chunk, _ in self._offered.values():
-            _count(planes, 1 << chunk & candidates)
+            mask = has & candidates
+            if mask:
+                carry = planes[0] & mask
+                planes[0] ^= mask
+                if carry:
+                    _carry(planes, carry)
+        taken = [1 << each.chunk for each in (*self.active.values(), *self._waiting.values())]
+        taken += [1 << chunk for chunk, _ in self._offered.values()]
+        for bit in taken:
+            if bit & candidates:
+                carry = planes[0] & bit
+                planes[0] ^= bit
+                if carry:
+                    _carry(planes, carry)
         for plane in reversed(planes):
             candidates = candidates & ~plane or candidates
         return candidates
@@ -228,7 +269,7 @@ class UploadSlots:
     def passed(self, now: float, peer: str) -> None:
         """Note that a neighbour does not take up our offer."""
         if self._offered.pop(peer, None) is not None:
-            self._passed[peer] = now + PASSED_S
+            self._leave_alone(peer, now + PASSED_S)
 
     def withdraw(self, peer: str, ticket: int) -> bool:
         """Forget a request that is not wanted any more; return whether it was waiting."""
@@ -239,7 +280,7 @@ class UploadSlots:
 
     def begin(self) -> list[Waiting]:
         """Return the requests to serve from now on."""
-        begun = []
+        begun: list[Waiting] = []
         while self._waiting and len(self.active) < self._slots:
             key = next(iter(self._waiting))
             self.active[key] = self._waiting.pop(key)
@@ -252,6 +293,8 @@ class UploadSlots:
         done = self.active.pop((peer, ticket), None)
         if done is not None and peer in self._peers:
             self._peers[peer] |= 1 << done.chunk  # it will say so itself a moment later
+            if self._known is not None:
+                self._known |= 1 << done.chunk
 
     def _left(self, peer: str) -> None:
         self._per_peer[peer] -= 1
@@ -259,15 +302,15 @@ class UploadSlots:
             del self._per_peer[peer]
 
 
-def _count(planes: list[int], mask: int) -> None:
-    """Add one to the counts of some positions, kept as bit planes."""
-    for i, plane in enumerate(planes):
+def _carry(planes: list[int], mask: int) -> None:
+    """Add two to the counts of some positions, kept as bit planes."""
+    for i in range(1, len(planes)):
+        plane = planes[i]
         planes[i] = plane ^ mask
         mask &= plane
         if not mask:
             return
-    if mask:
-        planes.append(mask)
+    planes.append(mask)
 
 
 def _random_bit(mask: int, rng: random.Random) -> int:
