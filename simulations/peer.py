@@ -528,11 +528,12 @@ class SimulatedPeer:
         deadline = self.slots.next_deadline(now)
         if deadline < self._offers_at:
             self._offers_at = deadline
-            self.world.engine.at(deadline, self._offer_again)
+            self.world.engine.at(deadline, self._offer_again, deadline)
 
-    def _offer_again(self) -> None:
-        self._offers_at = float("inf")
-        self._begin_serving()
+    def _offer_again(self, planned_at: float) -> None:
+        if planned_at == self._offers_at:
+            self._offers_at = float("inf")
+            self._begin_serving()
 
     def _serve(self, serving: Serving) -> None:
         """Send the next chunk of a request, or end it."""

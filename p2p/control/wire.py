@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from enum import Enum
+from operator import attrgetter
 from typing import ClassVar, TypeAlias
 
 import msgpack
@@ -249,10 +250,19 @@ _PARSERS: dict[int, Callable[[Fields], Message]] = {
     )
 }
 
-_FIELDS: dict[int, tuple[str, ...]] = {
-    kind: tuple(field.name for field in fields(parse.__self__))  # type: ignore[attr-defined]
+
+def _getter(names: list[str]) -> Callable[[Message], tuple[object, ...]]:
+    """Return what gives these fields of a message, as a tuple."""
+    get = attrgetter(*names)
+    return get if len(names) > 1 else lambda message: (get(message),)
+
+
+_FIELDS: dict[int, Callable[[Message], tuple[object, ...]]] = {
+    kind: _getter([field.name for field in fields(parse.__self__)])  # type: ignore[attr-defined]
     for kind, parse in _PARSERS.items()
 }
+
+_PACKER = msgpack.Packer(use_bin_type=True)
 
 
 def encode(message: Message) -> bytes:
@@ -265,12 +275,12 @@ def encode(message: Message) -> bytes:
     """
     if isinstance(message, Unknown):
         raise BadInput(f"a message of the unknown kind {message.kind} cannot be sent")
-    values = tuple([getattr(message, name) for name in _FIELDS[message.kind]])
+    values = _FIELDS[message.kind](message)
     try:
         _PARSERS[message.kind](values)
     except ProtocolError as error:
         raise BadInput(f"not to be sent: {error}") from error
-    payload: bytes = msgpack.packb((message.kind, *values), use_bin_type=True)
+    payload: bytes = _PACKER.pack((message.kind, *values))
     if len(payload) > limits.MAX_FRAME_BYTES:
         raise BadInput(f"a frame of {len(payload)} bytes, at most {limits.MAX_FRAME_BYTES}")
     return len(payload).to_bytes(_LENGTH_BYTES, "big") + payload

@@ -342,15 +342,18 @@ def take_bulk_address(value: object, what: str) -> str:
 def take_have_entry(value: object, what: str) -> HaveEntry:
     """Return an entry of have: whole, or a part together with the list that proves it."""
     digest, raw_size, raw_bitmap, raw_list = take_fields(value, 4, what)
-    if (  # the usual case, 100,000 times over: one look instead of a call for each field
-        raw_bitmap is None
-        and raw_list == b""
-        and type(digest) is bytes
+    if (  # the usual cases, 100,000 times over: one look instead of a call for each field
+        type(digest) is bytes
         and len(digest) == DIGEST_SIZE
         and type(raw_size) is int
         and 0 <= raw_size <= MAX_OBJECT_SIZE
+        and type(raw_list) is bytes
     ):
-        return HaveEntry(digest, raw_size, None, b"")
+        if raw_bitmap is None and not raw_list:
+            return HaveEntry(digest, raw_size, None, b"")
+        if raw_size > CHUNK_SIZE and type(raw_bitmap) is bytes and len(raw_list) == DIGEST_SIZE:
+            bitmap = take_bitmap(raw_bitmap, what, raw_size)
+            return HaveEntry(digest, raw_size, bitmap, raw_list)
     size_bytes = take_size(raw_size, what)
     bitmap = take_bitmap(raw_bitmap, what, size_bytes)
     chunk_list = take_digest_or_empty(raw_list, what)
@@ -385,10 +388,34 @@ def take_blob_piece(value: object, what: str) -> BlobPiece:
 
 def take_peer_entry(value: object, what: str) -> PeerEntry:
     """Return an entry of peers."""
+    if type(value) is tuple and len(value) > 1:
+        peer_id, addrs = value[:2]
+        if (  # the usual case, 64 to an answer: one look instead of a call for each field
+            type(peer_id) is str
+            and len(peer_id) <= MAX_PEER_ID_CHARS
+            and peer_id.isascii()
+            and peer_id.isalnum()
+            and type(addrs) is tuple
+            and len(addrs) <= MAX_PEER_ADDRS
+            and all([_is_multiaddr(addr) for addr in addrs])
+        ):
+            return PeerEntry(peer_id, addrs)
     peer_id, addrs = take_fields(value, 2, what)
     return PeerEntry(
         take_peer_id(peer_id, what),
         take_items(addrs, what, MAX_PEER_ADDRS, take_multiaddr),
+    )
+
+
+def _is_multiaddr(value: object) -> bool:
+    """Tell what `take_multiaddr` tells, in half the time."""
+    return (
+        type(value) is str
+        and 1 < len(value) <= MAX_ADDR_CHARS
+        and value[0] == "/"
+        and value.isascii()
+        and value.isprintable()
+        and " " not in value
     )
 
 
