@@ -45,6 +45,7 @@ from .wire_models import HaveModel as HaveModel
 from .wire_models import ModelPart as ModelPart
 from .wire_models import WantModel as WantModel
 from .wire_models import fit_have_model as fit_have_model
+from .wire_models import flat_runs as flat_runs
 from .wire_offers import Offer as Offer
 from .wire_offers import Pass as Pass
 

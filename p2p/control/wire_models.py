@@ -55,19 +55,35 @@ class ModelPart(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class WantModel:
-    """Asks what the other holds of a model's objects, now and (as news) later."""
+    """Asks what the other holds of a model's objects, now and (as news) later.
+
+    Attributes
+    ----------
+    request_id : int
+        Named by the answer.
+    model : bytes
+        The manifest's digest.
+    wanted : tuple of int
+        Start and length of each run of objects that are wanted.
+    """
 
     kind: ClassVar[int] = 15
     request_id: int
     model: bytes
+    wanted: tuple[int, ...]
 
     @classmethod
     def _parse(cls, raw: Fields) -> WantModel:
-        request_id, model = limits.take_fields(raw, 2, "want_model")
+        request_id, model, wanted = limits.take_fields(raw, 3, "want_model")
         return cls(
             limits.take_request_id(request_id, "want_model"),
             limits.take_digest(model, "want_model.model"),
+            _take_runs(wanted, "want_model.wanted"),
         )
+
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """Yield the runs: the first object of each, and the one after its last."""
+        return _pairs(self.wanted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +123,18 @@ class HaveModel:
         )
 
     def runs(self) -> Iterator[tuple[int, int]]:
-        """Yield the runs of objects held whole: the first of each, and the one after it."""
-        for start, count in zip(self.whole[::2], self.whole[1::2], strict=True):
-            yield start, start + count
+        """Yield the runs of objects held whole, as `WantModel.runs` does."""
+        return _pairs(self.whole)
+
+
+def flat_runs(runs: Iterable[tuple[int, int]]) -> tuple[int, ...]:
+    """Return runs, each as its first object and the one after its last, as messages have them."""
+    return tuple([number for start, stop in runs for number in (start, stop - start)])
+
+
+def _pairs(numbers: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    for start, count in zip(numbers[::2], numbers[1::2], strict=True):
+        yield start, start + count
 
 
 def _take_runs(value: object, what: str) -> tuple[int, ...]:
@@ -145,6 +170,12 @@ def _take_part(value: object, what: str) -> ModelPart:
     )
 
 
+def check_runs(numbers: tuple[int, ...], count: int) -> None:
+    """Hold runs against a manifest of `count` objects; `ProtocolError` if they are not in it."""
+    if numbers and numbers[-2] + numbers[-1] > count:
+        raise ProtocolError("runs of objects beyond the end of the manifest")
+
+
 def check_model(message: HaveModel, sizes: Sequence[int]) -> None:
     """Hold a message against the manifest that it is about.
 
@@ -161,8 +192,7 @@ def check_model(message: HaveModel, sizes: Sequence[int]) -> None:
         It tells of an object that is not there, of one in two ways, or of chunks that an
         object does not have.
     """
-    if message.whole and message.whole[-2] + message.whole[-1] > len(sizes):
-        raise ProtocolError("have_model: objects beyond the end of the manifest")
+    check_runs(message.whole, len(sizes))
     runs = message.runs()
     start = stop = 0
     for index, bitmap in message.parts:

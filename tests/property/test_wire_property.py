@@ -74,10 +74,9 @@ def model_parts(draw: st.DrawFn) -> list[wire.ModelPart]:
 
 @st.composite
 def model_holdings(draw: st.DrawFn) -> wire.HaveModel:
-    flat = tuple([number for start, stop in draw(runs()) for number in (start, stop - start)])
     request_id = draw(st.just(0) | request_ids)
-    parts = tuple(draw(model_parts()))
-    return wire.HaveModel(request_id, draw(digests), flat, parts, draw(st.booleans()))
+    whole, parts = wire.flat_runs(draw(runs())), tuple(draw(model_parts()))
+    return wire.HaveModel(request_id, draw(digests), whole, parts, draw(st.booleans()))
 
 
 peer_entries = st.builds(
@@ -109,7 +108,7 @@ messages: st.SearchStrategy[wire.Message] = st.one_of(
     chunk_lists(),
     st.builds(wire.GetPeers, request_ids, digests | st.just(b"")),
     st.builds(wire.Peers, request_ids, tuples(peer_entries, 3)),
-    st.builds(wire.WantModel, request_ids, digests),
+    st.builds(wire.WantModel, request_ids, digests, runs().map(wire.flat_runs)),
     model_holdings(),
 )
 

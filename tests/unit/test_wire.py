@@ -39,7 +39,7 @@ MESSAGES: list[wire.Message] = [
     wire.Peers(1, ()),
     wire.Offer(DIGEST, 0),
     wire.Pass(DIGEST),
-    wire.WantModel(1, DIGEST),
+    wire.WantModel(1, DIGEST, (0, 1)),
     wire.HaveModel(1, DIGEST, (), (), last=True),
 ]
 
@@ -151,7 +151,7 @@ def test_document_state_table_is_what_conversation_does() -> None:
 
 REQUESTS: dict[int, wire.Request] = {
     wire.Have.kind: wire.Want(1, ()),
-    wire.HaveModel.kind: wire.WantModel(1, DIGEST),
+    wire.HaveModel.kind: wire.WantModel(1, DIGEST, (0, 1)),
     wire.Blobs.kind: wire.GetBlobs(1, ()),
     wire.Peers.kind: wire.GetPeers(1, b""),
 }

@@ -28,6 +28,8 @@ def read(frame: bytes) -> wire.Message | None:
 @pytest.mark.parametrize(
     ("array", "allowed", "path"),
     [
+        ([15, 1, DIGEST, RUNS], True, "want_model.wanted"),
+        ([15, 1, DIGEST, [*RUNS, 1 << 19, 1]], False, "want_model.wanted"),
         ([16, 1, DIGEST, RUNS, [], True], True, "have_model.whole"),
         ([16, 1, DIGEST, [*RUNS, 1 << 19, 1], [], True], False, "have_model.whole"),
         ([16, 1, DIGEST, [(1 << 20) - 1, 1], [], True], True, "have_model.whole, the last one"),
@@ -42,7 +44,7 @@ def test_limits_are_where_they_are_said_to_be(array: list[Any], allowed: bool, p
     payload: bytes = msgpack.packb(array, use_bin_type=True)
     frame = len(payload).to_bytes(4, "big") + payload
     if allowed:
-        assert isinstance(read(frame), wire.HaveModel), path
+        assert isinstance(read(frame), wire.HaveModel | wire.WantModel), path
     else:
         with pytest.raises(ProtocolError):
             read(frame)
