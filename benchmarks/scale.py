@@ -153,6 +153,7 @@ class _MadeUpPeer:
         self._manifest = manifest
         self._numbers = numbers
         self.have_listeners: list[Any] = []
+        self.have_model_listeners: list[Any] = []
         self.offer_listeners: list[Any] = []
         self.joined: list[Any] = []
         self.left: list[Any] = []
@@ -191,21 +192,20 @@ class _MadeUpPeer:
             if digest in self._numbers
         }
 
-    async def want(self, digests: Sequence[bytes]) -> None:
+    async def want_model(self, model: bytes, table: Any, runs: Sequence[tuple[int, int]]) -> None:
         import trio
 
-        from tensorswarm.p2p.control import wire
-        from tensorswarm.store.digest import CHUNK_SIZE
+        from tensorswarm.p2p.control import wire, wire_models
 
-        size = CHUNKS_PER_TENSOR * CHUNK_SIZE
         reader = wire.FrameReader()
-        for frame in wire.fit_have(1, [wire.HaveEntry(d, size, None, b"") for d in digests]):
+        for frame in wire.fit_have_model(1, model, runs, []):
             await trio.lowlevel.checkpoint()  # frames come off a stream one by one
             reader.feed(wire.encode(frame))
             while (message := reader.next_message()) is not None:
-                assert isinstance(message, wire.Have)
-                for listener in self.have_listeners:
-                    listener(PEER, message.entries)
+                assert isinstance(message, wire.HaveModel)
+                wire_models.check_model(message, table.sizes)
+                for listener in self.have_model_listeners:
+                    listener(PEER, message)
 
 
 class _MadeUpWorker:

@@ -4,10 +4,6 @@ The planner decides; the workers move bytes in threads; this loop carries events
 the one and actions to the other. Sources join when a neighbour says what it holds,
 and when an origin is given. A source that failed for a passing reason is tried
 again after a while; a liar never.
-
-A part of an object that a neighbour holds is asked for only if it was proved against
-our chunk list. A false list fools honest peers: what they hold by it would not match
-ours, and taking them for liars would cost us good sources.
 """
 
 from __future__ import annotations
@@ -21,6 +17,7 @@ from tensorswarm.store import bitmap
 from tensorswarm.store.digest import chunk_count
 from tensorswarm.store.wanted import Wanted
 
+from . import claims
 from .bulk.sink import (
     ChunkCame,
     EventQueue,
@@ -31,9 +28,9 @@ from .bulk.sink import (
     StoreSink,
 )
 from .control import wire
+from .control.holdings import Holdings, set_bits
 from .control.neighbours import Neighbours
 from .download_sources import KnownSource, OriginSpec, why_stuck
-from .holdings import Holdings, set_bits
 from .limits.rates import RateLimiter
 from .news import News
 from .origins.origin import Place, display_url, runs_of
@@ -154,6 +151,7 @@ class Download:
     def open(self) -> None:
         """Begin to listen to neighbours and to connect to sources; nothing is asked yet."""
         self._neighbours.have_listeners.append(self._on_have)
+        self._neighbours.have_model_listeners.append(self._on_have_model)
         self._neighbours.offer_listeners.append(self._on_offer)
         for origin in self._origins:
             self._start_origin(origin)
@@ -162,6 +160,7 @@ class Download:
         """Let go of every source."""
         if self._on_have in self._neighbours.have_listeners:
             self._neighbours.have_listeners.remove(self._on_have)
+            self._neighbours.have_model_listeners.remove(self._on_have_model)
             self._neighbours.offer_listeners.remove(self._on_offer)
             if self._uploads is not None:
                 self._uploads.leave(self._swarm_key)
@@ -405,9 +404,8 @@ class Download:
             source.via, source.worker = self._routes.start(now, name, self._sink, self._events)
         distance = self._distance(name, source)
         self._planner.add_source(now, name, source.kind, distance=distance)
-        self._planner.source_holds_whole(now, name, source.holds.whole())
-        for index, proved in source.holds.parts.items():
-            self._planner.source_holds(now, name, index, proved)
+        whole = [range(*run) for run in source.holds.runs()]
+        self._tell_planner(now, name, source, whole, source.holds.parts.items())
 
     def _distance(self, name: str, source: KnownSource) -> Distance:
         if source.kind is SourceKind.ORIGIN:
@@ -426,37 +424,53 @@ class Download:
 
     def _on_have(self, peer_id: str, entries: Sequence[wire.HaveEntry]) -> None:
         """Hear what a neighbour holds (answers and news alike)."""
+        self._hear(peer_id, claims.by_digests(self._wanted, entries))
+
+    def _on_have_model(self, peer_id: str, message: wire.HaveModel) -> None:
+        """Hear the same of a model's objects, told by its manifest."""
+        if message.model == self._swarm_key:
+            self._hear(peer_id, claims.by_manifest(self._wanted, message))
+
+    def _hear(self, peer_id: str, said: claims.Claims) -> None:
         now = trio.current_time()
         source = self._sources.get(peer_id)
         fresh = source is None
         if source is None:
             source = KnownSource(SourceKind.PEER, holds=self._holds())
-        known = False
-        whole: list[int] = []
-        for entry in entries:
-            index = self._wanted.find(entry.digest)
-            if index < 0:
-                continue
-            if not self._is_of_use(entry, index):
-                if index in source.holds:  # an entry replaces what was said before
-                    source.holds.discard(index)
-                    self._planner.source_lacks(now, peer_id, index)
-                continue
-            known = True
-            if source.holds.add(index, entry.bitmap):
-                self._roster.heard(now, peer_id)
-            if entry.bitmap is None:
-                whole.append(index)
-            elif source.worker is not None:
-                self._planner.source_holds(now, peer_id, index, entry.bitmap)
+        holds = source.holds
+        for index in said.useless:
+            if index in holds:  # what is said replaces what was said before
+                holds.discard(index)
+                self._planner.source_lacks(now, peer_id, index)
+        is_news = [holds.add(index, proved) for index, proved in said.parts]
+        is_news += [holds.add_run(run.start, run.stop) for run in said.whole]
+        if any(is_news):
+            self._roster.heard(now, peer_id)
         if source.worker is not None:
-            self._planner.source_holds_whole(now, peer_id, whole)
-        if not known or source.banned:
+            self._tell_planner(now, peer_id, source, said.whole, said.parts)
+        if not is_news or source.banned:
             return
         self._sources[peer_id] = source
         if fresh:
             self._restart(now, peer_id, source)
         self._events.wake()
+
+    def _tell_planner(
+        self,
+        now: float,
+        name: str,
+        source: KnownSource,
+        whole: Iterable[range],
+        parts: Iterable[tuple[int, bytes]],
+    ) -> None:
+        """Tell the planner what a source holds besides what it knows of."""
+        if source.holds.whole_count == len(self._wanted):
+            self._planner.source_holds_all(now, name)
+            return
+        for run in whole:
+            self._planner.source_holds_whole(now, name, run)
+        for index, proved in parts:
+            self._planner.source_holds(now, name, index, proved)
 
     def _on_offer(self, peer_id: str, message: wire.Offer | wire.Pass) -> None:
         """Hear that a neighbour has an upload to spare; who offers a chunk has it."""
@@ -473,12 +487,6 @@ class Download:
         self._planner.source_holds(now, peer_id, index, bytes(bits))
         self._planner.source_offers(now, peer_id, index, message.chunk)
         self._events.wake()
-
-    def _is_of_use(self, entry: wire.HaveEntry, index: int) -> bool:
-        """Tell whether what a neighbour holds of an object can be what we want of it."""
-        if entry.size_bytes != self._wanted.size_bytes(index):
-            return False
-        return entry.bitmap is None or entry.chunk_list == self._wanted.chunk_list_digest(index)
 
     def _request_failed(
         self, now: float, name: str, request_id: int, failure: Failure, detail: str

@@ -13,7 +13,7 @@ from tensorswarm.store.errors import (
     TensorswarmError,
 )
 
-from .holdings import Holdings
+from .control.holdings import Holdings
 from .origins.origin import Place, display_url
 from .routes import Via
 from .swarm.planner import SourceKind

@@ -45,6 +45,7 @@ from .origins.origin import check_origin_url, file_url, locate_objects
 from .preparation import Preparation
 from .results import FetchResult, SourceReport
 from .services import Services
+from .subscriptions import Subscriptions
 
 SETTLE_S = 1.0
 """Longest wait for further sources once there is one, so that several known from the
@@ -59,10 +60,6 @@ others share it with us once we meet."""
 
 LOOK_INTERVAL_S = 0.5
 """How often it is looked whether something lacks a source, while nothing does."""
-
-FIRST_DIGESTS = 4096
-"""Objects that a neighbour is asked about before the download begins; of the others it tells
-while it gives."""
 
 LARGEST_LACKING = 3
 """Tensors without a source that are looked up in one round, largest first. The first
@@ -174,9 +171,7 @@ class Fetch:
             options.on_manifest(manifest)
             result = FetchResult(digest, manifest)
             result.bytes_total = self._store.records([digest])[digest].size_bytes
-            objects = manifest.objects
-            table = objects if isinstance(objects, ObjectTable) else ObjectTable(objects)
-            await self._bring(result, table, indices, self._origins(manifest, indices))
+            await self._bring(result, manifest.table, indices, self._origins(manifest, indices))
             result.seconds = trio.current_time() - begun
             if self._options.out is not None:
                 files = whole_files(manifest, indices)
@@ -293,7 +288,14 @@ class Fetch:
         download = self._download(result, wanted, origins)
         try:
             await preparation.begin(download)
-            await self._run(download, preparation, [result.digest], wanted.digests)
+            subscriptions = Subscriptions(
+                self._services.neighbours,
+                result.digest,
+                wanted,
+                is_model=result.manifest is not None,
+                note_failure=self._search.note_failure,
+            )
+            await self._run(download, preparation, subscriptions, [result.digest], wanted.digests)
         finally:
             result.bytes_total += lists.along_bytes
             self._account(result, download)
@@ -337,6 +339,7 @@ class Fetch:
         self,
         download: Download,
         preparation: Preparation,
+        subscriptions: Subscriptions,
         keys: Sequence[bytes],
         digests: Sequence[bytes],
     ) -> None:
@@ -344,7 +347,7 @@ class Fetch:
         try:
             async with trio.open_nursery() as nursery:
                 settled = trio.Event()
-                nursery.start_soon(self._supply, download, keys, digests, settled)
+                nursery.start_soon(self._supply, download, subscriptions, keys, digests, settled)
                 nursery.start_soon(preparation.keep_ahead, download)
                 with trio.move_on_after(SETTLE_S):
                     await settled.wait()
@@ -353,26 +356,26 @@ class Fetch:
         finally:
             download.close()
             with trio.CancelScope(shield=True), trio.move_on_after(0.5):
-                await self._unsubscribe([*keys, *digests])
+                await subscriptions.end()
 
     # ---- sources
 
     async def _supply(
         self,
         download: Download,
+        subscriptions: Subscriptions,
         keys: Sequence[bytes],
         digests: Sequence[bytes],
         settled: trio.Event,
     ) -> None:
         """Keep a download in sources: ask neighbours what they hold, and find more."""
         neighbours = self._services.neighbours
-        everything = [*keys, *digests]
         async with trio.open_nursery() as nursery:
             asking = later = nursery
 
             def joined(peer_id: str) -> None:
                 download.search_is_over = False
-                asking.start_soon(self._introduce, peer_id, everything, later)
+                asking.start_soon(self._introduce, peer_id, subscriptions, keys[0], later)
 
             neighbours.joined.append(joined)
             try:
@@ -380,7 +383,9 @@ class Fetch:
                     async with trio.open_nursery() as first:
                         asking = first
                         for each in neighbours.all():
-                            first.start_soon(self._introduce, each.peer_id, everything, later)
+                            first.start_soon(
+                                self._introduce, each.peer_id, subscriptions, keys[0], later
+                            )
                         first.start_soon(self._search.round, keys)
                     asking = later
                     settled.set()
@@ -414,36 +419,19 @@ class Fetch:
             pause = min(2 * pause, MORE_PEERS_PAUSE_S)
             next_round = trio.current_time() + pause
 
-    async def _introduce(self, peer_id: str, digests: Sequence[bytes], later: trio.Nursery) -> None:
+    async def _introduce(
+        self, peer_id: str, subscriptions: Subscriptions, key: bytes, later: trio.Nursery
+    ) -> None:
         """Tell a neighbour what we want, and then ask it who else does.
 
         In this order: of two that begin at the same moment and share a neighbour, at
-        least one is then told of the other. Of many digests it is told the first, which are
-        enough to begin with, and the others in a task of `later`.
+        least one is then told of the other.
         """
         neighbour = self._services.neighbours.get(peer_id)
         if neighbour is None or peer_id in self._inquiry.distrusted:
             return
-        if not await self._want(neighbour, digests[:FIRST_DIGESTS]):
-            return
-        if len(digests) > FIRST_DIGESTS:
-            later.start_soon(self._want, neighbour, digests[FIRST_DIGESTS:])
-        await self._search.ask_neighbour(peer_id, digests[0])
-
-    async def _want(self, neighbour: Neighbour, digests: Sequence[bytes]) -> bool:
-        try:
-            await neighbour.want(digests)
-        except RemoteError as error:
-            self._search.note_failure(neighbour.peer_id, error)
-            return False
-        return True
-
-    async def _unsubscribe(self, digests: Sequence[bytes]) -> None:
-        for neighbour in self._services.neighbours.all():
-            try:
-                await neighbour.unwant(digests)
-            except RemoteError:
-                continue  # it is gone, and its subscriptions with it
+        if await subscriptions.ask(neighbour, later):
+            await self._search.ask_neighbour(peer_id, key)
 
     # ---- the account
 

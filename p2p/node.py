@@ -29,6 +29,7 @@ from .bulk.tls import BulkIdentity
 from .control import wire, wire_limits
 from .control.access import Access
 from .control.answers import Answers
+from .control.neighbour import MODELS
 from .control.neighbours import Neighbours
 from .dht.announcer import Announcer
 from .dht.bootstrap import Bootstrapper, Bootstraps
@@ -298,7 +299,7 @@ class Node:
         addrs = self._host.addrs()[: wire_limits.MAX_HELLO_ADDRS]
         bulk = self._bulk_announce or bulk_told(self._host.advertised_addrs(), port)
         return wire.Hello(
-            wire_limits.PROTOCOL_VERSION, f"tensorswarm/{VERSION}", bulk, addrs, (OFFERS,)
+            wire_limits.PROTOCOL_VERSION, f"tensorswarm/{VERSION}", bulk, addrs, (OFFERS, MODELS)
         )
 
     # ---- what others on this machine may know

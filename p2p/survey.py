@@ -10,7 +10,7 @@ import trio
 
 from tensorswarm.store import bitmap
 from tensorswarm.store.digest import CHUNK_SIZE
-from tensorswarm.store.errors import BadInput, NoSource, RemoteError
+from tensorswarm.store.errors import BadInput, NoSource, Refused, RemoteError
 from tensorswarm.store.manifest import MAX_MANIFEST_BYTES, Manifest
 
 from .control import wire
@@ -115,16 +115,38 @@ async def _held_bytes(node: Node, digest: bytes) -> dict[str, int]:
                 size = min(size, bitmap.count_set(entry.bitmap) * CHUNK_SIZE)
             held[peer_id][entry.digest] = size
 
+    def listen_by_model(peer_id: str, message: wire.HaveModel) -> None:
+        if manifest is None or message.model != digest:
+            return
+        known = held[peer_id]
+        for ref in (ref for start, stop in message.runs() for ref in manifest.table[start:stop]):
+            known[ref.digest] = ref.size_bytes
+        for index, bits in message.parts:
+            ref = manifest.table[index]
+            known[ref.digest] = min(ref.size_bytes, bitmap.count_set(bits) * CHUNK_SIZE)
+
+    async def ask_about(neighbour: Neighbour) -> None:
+        if manifest is not None:
+            try:
+                await neighbour.want_model(digest, manifest.table, [(0, len(manifest.table))])
+                await neighbour.want([digest])  # the manifest itself, which is held as well
+                return
+            except (NoSource, Refused):
+                pass  # it does not know the model, and may hold some of its objects
+        await neighbour.want(wanted)
+
     node.neighbours.have_listeners.append(listen)
+    node.neighbours.have_model_listeners.append(listen_by_model)
     try:
         for neighbour in node.neighbours.all():
             try:
-                await neighbour.want(wanted)
+                await ask_about(neighbour)
                 await neighbour.unwant(wanted)
             except RemoteError:
                 continue  # it left; what it said so far counts
     finally:
         node.neighbours.have_listeners.remove(listen)
+        node.neighbours.have_model_listeners.remove(listen_by_model)
     return {peer_id: sum(sizes.values()) for peer_id, sizes in held.items() if sizes}
 
 

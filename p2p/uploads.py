@@ -28,7 +28,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import trio
@@ -36,8 +36,10 @@ import trio
 from tensorswarm.store.digest import CHUNK_SIZE, chunk_count
 from tensorswarm.store.wanted import Wanted
 
+from . import claims
 from .control import wire
 from .control.neighbours import Neighbours
+from .control.object_set import ObjectSet
 from .swarm.upload_slots import UploadSlots
 
 OFFERS = "offers"
@@ -116,6 +118,11 @@ class _Swarm:
         part = everything if bits is None else int.from_bytes(bits, "little") & everything
         return part << self._starts[index]
 
+    def mask_of_run(self, start: int, stop: int) -> int:
+        """Return the positions of all chunks of a run of objects."""
+        count = self._starts[stop] - self._starts[start]
+        return (1 << count) - 1 << self._starts[start]
+
     def note_answer(self, seconds: float) -> None:
         """Note how long a member took to ask for what it was offered."""
         self._answer_s = _average(self._answer_s, seconds)
@@ -174,6 +181,7 @@ class Uploads:
 
         self._wake = lambda: token.run_sync_soon(set_changed, idempotent=True)
         self._neighbours.have_listeners.append(self._on_have)
+        self._neighbours.have_model_listeners.append(self._on_have_model)
         self._neighbours.offer_listeners.append(self._on_offer)
         self._neighbours.left.append(self._on_left)
         task_status.started()
@@ -243,16 +251,20 @@ class Uploads:
     def _on_have(self, peer_id: str, entries: Sequence[wire.HaveEntry]) -> None:
         with self._lock:
             for swarm in self._swarms.values():
-                self._note_held(swarm, peer_id, entries)
+                self._note_held(swarm, peer_id, claims.by_digests(swarm.wanted, entries))
 
-    def _note_held(self, swarm: _Swarm, peer_id: str, entries: Iterable[wire.HaveEntry]) -> None:
-        wanted, mask = swarm.wanted, 0
-        for entry in entries:
-            index = wanted.find(entry.digest)
-            if index < 0 or entry.size_bytes != wanted.size_bytes(index):
-                continue
-            if entry.bitmap is None or entry.chunk_list == wanted.chunk_list_digest(index):
-                mask |= swarm.mask(index, entry.bitmap)
+    def _on_have_model(self, peer_id: str, message: wire.HaveModel) -> None:
+        with self._lock:
+            swarm = self._swarms.get(message.model)
+            if swarm is not None:
+                self._note_held(swarm, peer_id, claims.by_manifest(swarm.wanted, message))
+
+    def _note_held(self, swarm: _Swarm, peer_id: str, said: claims.Claims) -> None:
+        mask = 0
+        for run in said.whole:
+            mask |= swarm.mask_of_run(run.start, run.stop)
+        for index, proved in said.parts:
+            mask |= swarm.mask(index, proved)
         if mask:
             swarm.has[peer_id] = swarm.has.get(peer_id, 0) | mask
             if peer_id in swarm.members:
@@ -324,10 +336,12 @@ class Uploads:
     def _unwanted(self, swarm: _Swarm, peer_id: str) -> int:
         """Return what a member did not subscribe to, or may not have."""
         neighbour = self._neighbours.get(peer_id)
-        interests = neighbour.interests if neighbour is not None else set()
-        mask = 0
-        for index, digest in enumerate(swarm.wanted.digests):
-            if digest not in interests or not self._may_have(peer_id, digest):
+        interests = neighbour.interests if neighbour is not None else ObjectSet()
+        chosen = interests.of_model(swarm.key)
+        wanted, mask = swarm.wanted, 0
+        for index, digest in enumerate(wanted.digests):
+            is_chosen = chosen is not None and wanted.place(index) in chosen
+            if not is_chosen and digest not in interests or not self._may_have(peer_id, digest):
                 mask |= swarm.mask(index, None)
         return mask
 

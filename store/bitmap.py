@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+
+_ONES = re.compile("1+")
 
 
 def empty(count: int) -> bytearray:
@@ -36,6 +39,25 @@ def clear_bit(bitmap: bytearray, index: int) -> None:
 def count_set(bitmap: bytes | bytearray) -> int:
     """Return how many chunks are set."""
     return int.from_bytes(bitmap, "little").bit_count()
+
+
+def set_range(bitmap: bytearray, start: int, stop: int) -> None:
+    """Set the chunks from `start` to before `stop`."""
+    first, last = (start + 7) >> 3, stop >> 3
+    if first > last:  # both ends inside one byte
+        bitmap[last] |= (1 << (stop & 7)) - (1 << (start & 7))
+        return
+    bitmap[first:last] = b"\xff" * (last - first)
+    if start & 7:
+        bitmap[first - 1] |= 0x100 - (1 << (start & 7))
+    if stop & 7:
+        bitmap[last] |= (1 << (stop & 7)) - 1
+
+
+def runs_of_set(bitmap: bytes | bytearray) -> Iterator[tuple[int, int]]:
+    """Yield the first chunk of each run of set ones, and the one after its last."""
+    ones = f"{int.from_bytes(bitmap, 'little'):b}"[::-1]  # one step of C for all of it
+    return (match.span() for match in _ONES.finditer(ones))
 
 
 def union(first: bytes | bytearray, second: bytes | bytearray) -> bytes:

@@ -126,6 +126,12 @@ class Manifest:
         self.__dict__["version"] = VERSION if is_plain else VERSION_WITH_RECIPES
 
     @cached_property
+    def table(self) -> ObjectTable:
+        """The objects in columns."""
+        objects = self.objects
+        return objects if isinstance(objects, ObjectTable) else ObjectTable(objects)
+
+    @cached_property
     def _sizes(self) -> Sequence[int]:
         """Sizes by index, of objects and then of recipes."""
         objects = self.objects

@@ -73,13 +73,15 @@ class Wanted:
     ----------
     digests : sequence of bytes
         Their digests, made when they are looked at.
+    table : ObjectTable
+        The objects of which these are some.
     on_whole : callable or None
         Hears of each object that is whole, by its digest, in any thread.
     """
 
     def __init__(self, receiver: Receiver, table: ObjectTable, indices: Sequence[int]) -> None:
         self._receiver = receiver
-        self._table = table
+        self.table = self._table = table
         self._indices = indices
         self.digests: Sequence[bytes] = _Digests(self)
         self.on_whole: Callable[[bytes], None] | None = None
@@ -136,6 +138,26 @@ class Wanted:
         position = bisect_left(self._indices, place)
         is_wanted = position < len(self._indices) and self._indices[position] == place
         return position if is_wanted else -1
+
+    def place(self, index: int) -> int:
+        """Return an object's index in the table."""
+        return self._indices[index]
+
+    def positions(self, start: int, stop: int) -> range:
+        """Return the positions of those that are wanted among a run of the table's objects."""
+        indices = self._indices
+        return range(bisect_left(indices, start), bisect_left(indices, stop))
+
+    def runs(self) -> list[tuple[int, int]]:
+        """Return the runs of wanted objects in the table: the first, and the one after the last."""
+        found: list[tuple[int, int]] = []
+        start = stop = -1
+        for index in self._indices:
+            if index != stop:
+                found.append((start, stop))
+                start = index
+            stop = index + 1
+        return [*found[1:], (start, stop)] if stop >= 0 else []
 
     # ---- before it comes
 

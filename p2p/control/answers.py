@@ -6,22 +6,36 @@ here is believed of the asker; what is given is what the store has verified.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from tensorswarm.store.errors import LocalError
+from tensorswarm.store.digest import CHUNK_SIZE
+from tensorswarm.store.errors import BadInput, LocalError
 from tensorswarm.store.manifest import MAX_MANIFEST_BYTES
+from tensorswarm.store.object_table import ObjectTable
 from tensorswarm.store.store import INLINE_LIMIT, Store
 
 from . import wire, wire_limits
 from .access import Access
+from .holdings import Holdings
 
 MAX_BLOB_BYTES = MAX_MANIFEST_BYTES
 """Largest blob given on the control stream. Anything larger belongs on the bulk plane,
 where it does not keep other messages waiting."""
 
 
+LOOK_UP_AT_ONCE = 8192
+"""Objects of a model looked up in one go: their digests are objects of Python each."""
+
 SMALL_BATCH = 64
 """Small blobs read together, at most 4 MiB: a model of 100,000 tensors has as many lists."""
+
+
+def held_part(
+    table: ObjectTable, index: int, size_bytes: int, proved: bytes | None, chunk_list: bytes
+) -> bytes | None:
+    """Return the bitmap of a part that can be told by the manifest; None if it cannot."""
+    is_the_same = size_bytes == table.sizes[index] and chunk_list == table.chunk_list(index)
+    return proved if is_the_same and size_bytes > CHUNK_SIZE else None
 
 
 class Answers:
@@ -68,6 +82,44 @@ class Answers:
             for digest, holding in held.items()
             if self.may_have(digest)
         ]
+
+    def objects_of(self, model: bytes) -> ObjectTable | None:
+        """Return the objects of a model whose manifest is here and may be known to the peer."""
+        try:
+            manifest = self._store.manifest(model) if self.may_have(model) else None
+        except BadInput:
+            return None  # what this digest names is no manifest
+        return None if manifest is None else manifest.table
+
+    def model_holdings(self, table: ObjectTable, runs: Iterable[tuple[int, int]]) -> Holdings:
+        """Return what the store has of some objects of a model, by their index.
+
+        Chunks proved against another list than the manifest's are left out.
+        """
+        found = Holdings(len(table))
+        for start, stop in runs:
+            for first in range(start, stop, LOOK_UP_AT_ONCE):
+                self._look_up(table, first, min(stop, first + LOOK_UP_AT_ONCE), found)
+        return found
+
+    def _look_up(self, table: ObjectTable, start: int, stop: int, found: Holdings) -> None:
+        digests = [ref.digest for ref in table[start:stop]]
+        here = self._store.holdings(digests)
+        run = start  # where the run begins that is whole up to here
+        for index, digest in enumerate(digests, start):
+            held = here.get(digest)
+            if held is not None and held.proved is None and held.size_bytes == table.sizes[index]:
+                if self._access is None or self.may_have(digest):
+                    continue
+            elif held is not None and self.may_have(digest):
+                part = held_part(table, index, held.size_bytes, held.proved, held.chunk_list)
+                if part is not None:
+                    found.add(index, part)
+            if run < index:
+                found.add_run(run, index)
+            run = index + 1
+        if run < stop:
+            found.add_run(run, stop)
 
     def blob_frames(self, request: wire.GetBlobs) -> Iterator[wire.Blobs]:
         """Yield the frames that answer a request for blobs, read as they are sent."""

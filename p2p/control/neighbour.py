@@ -25,10 +25,12 @@ import trio
 
 from tensorswarm.store.digest import digest_of
 from tensorswarm.store.errors import BadInput, NoSource, ProtocolError, Refused, RemoteError
+from tensorswarm.store.object_table import ObjectTable
 
 from ..host.host import Stream
-from . import wire, wire_limits
+from . import wire, wire_limits, wire_models
 from .answers import Answers
+from .object_set import ObjectSet
 from .outbox import Outbox
 
 SEND_TIMEOUT_S = 20.0
@@ -48,6 +50,12 @@ WANTS_AHEAD = 2
 """Wants on their way to one neighbour: it looks the next one up while we read the last
 answer. More would keep its other answers to us waiting."""
 
+MODELS = "models"
+"""Feature in hello: can be asked about models as such."""
+
+MAX_MODELS_ASKED = 256
+"""Models remembered that a neighbour was asked about, so that late news is no violation."""
+
 ANSWER_QUEUE_FRAMES = 8
 """Frames of an answer that wait for the asker before reading stops."""
 
@@ -57,6 +65,10 @@ class Owner(Protocol):
 
     def on_have(self, peer_id: str, entries: Sequence[wire.HaveEntry]) -> None:
         """Note what a neighbour says it holds, answered or unasked."""
+        ...
+
+    def on_have_model(self, peer_id: str, message: wire.HaveModel, table: ObjectTable) -> None:
+        """Note what a neighbour says it holds of a model that it was asked about."""
         ...
 
     def on_offer(self, peer_id: str, message: wire.Offer | wire.Pass) -> None:
@@ -77,8 +89,10 @@ class Neighbour:
         Who it is, proved by the stream's connection.
     hello : wire.Hello
         What it said of itself; set by `greet`.
-    interests : set of bytes
-        Digests it asked about and wants to hear news of.
+    interests : ObjectSet
+        What it asked about and wants to hear news of.
+    asked : dict of bytes to ObjectTable or None
+        The models that it was asked about; None for those given up since.
     earlier : Neighbour or None
         The same peer on an earlier stream, for when this one ends.
     """
@@ -86,7 +100,8 @@ class Neighbour:
     def __init__(self, peer_id: str, stream: Stream, answers: Answers, owner: Owner) -> None:
         self.peer_id = peer_id
         self.hello = wire.Hello(1, "", (), (), ())
-        self.interests: set[bytes] = set()
+        self.interests = ObjectSet()
+        self.asked: dict[bytes, ObjectTable | None] = {}
         self.earlier: Neighbour | None = None
         self._stream = stream
         self._answers = answers
@@ -203,19 +218,36 @@ class Neighbour:
         match message:
             case wire.Have(request_id=0):
                 self._owner.on_have(self.peer_id, message.entries)
+            case wire.HaveModel() if not self._is_asked(message):
+                pass
+            case wire.HaveModel(request_id=0):
+                self._hear_of_model(message)
             case wire.Offer() | wire.Pass():
                 self._owner.on_offer(self.peer_id, message)
             case wire.Refusal(request_id=0) | wire.Unknown():
                 pass
-            case wire.Have() | wire.Blobs() | wire.ChunkListIs() | wire.Peers() | wire.Refusal():
+            case (
+                wire.Have()
+                | wire.HaveModel()
+                | wire.Blobs()
+                | wire.ChunkListIs()
+                | wire.Peers()
+                | wire.Refusal()
+            ):
                 channel = self._waiting.get(message.request_id)
                 if channel is not None:
                     # Who asked may have gone meanwhile; then nobody needs the answer.
                     with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
                         await channel.send(message)
             case wire.Unwant():
-                self.interests.difference_update(message.digests)
-            case wire.Want() | wire.GetBlobs() | wire.GetChunkList() | wire.GetPeers():
+                self.interests.discard(message.digests)
+            case (
+                wire.Want()
+                | wire.WantModel()
+                | wire.GetBlobs()
+                | wire.GetChunkList()
+                | wire.GetPeers()
+            ):
                 try:
                     self._requests_in.send_nowait(message)
                 except trio.WouldBlock:
@@ -232,6 +264,8 @@ class Neighbour:
             match request:
                 case wire.Want():
                     await self._answer_want(request)
+                case wire.WantModel():
+                    await self._answer_want_model(request)
                 case wire.GetBlobs() if await self._refuses([item[0] for item in request.items]):
                     await self._refuse(request.request_id)
                 case wire.GetChunkList() if await self._refuses([request.digest]):
@@ -259,16 +293,61 @@ class Neighbour:
         await self._send(wire.Refusal(request_id, wire_limits.CODE_NOT_ALLOWED, text))
 
     async def _answer_want(self, want: wire.Want) -> None:
-        if len(self.interests.union(want.digests)) > wire_limits.MAX_SUBSCRIPTIONS:
+        if self.interests.count_with(want.digests) > wire_limits.MAX_SUBSCRIPTIONS:
             await self._send(
                 wire.Refusal(want.request_id, wire_limits.CODE_TOO_MANY, "too many subscriptions")
             )
             return
         # Subscribed before the look, so that nothing proved in between is missed.
-        self.interests.update(want.digests)
+        self.interests.add(want.digests)
         entries = await trio.to_thread.run_sync(self._answers.holdings, want.digests)
         for frame in wire.fit_have(want.request_id, entries):
             await self._send(frame)
+
+    async def _answer_want_model(self, want: wire.WantModel) -> None:
+        request_id, model, interests = want.request_id, want.model, self.interests
+        table = await trio.to_thread.run_sync(self._answers.objects_of, model)
+        if table is None:
+            if await self._refuses([model]):
+                await self._refuse(request_id)
+                return
+            code, text = wire_limits.CODE_UNKNOWN_MODEL, "that model is not known here"
+            await self._send(wire.Refusal(request_id, code, text))
+            return
+        wire_models.check_runs(want.wanted, len(table))
+        most = wire_limits.MAX_MODEL_SUBSCRIPTIONS
+        if interests.of_model(model) is None and interests.model_count >= most:
+            code, text = wire_limits.CODE_TOO_MANY, "too many subscriptions to models"
+            await self._send(wire.Refusal(request_id, code, text))
+            return
+        chosen = interests.part_of(model, table)  # before the look, as above
+        runs = list(want.runs())
+        for start, stop in runs:
+            chosen.add_run(start, stop)
+        held = await trio.to_thread.run_sync(self._answers.model_holdings, table, runs)
+        parts = [wire.ModelPart(*part) for part in sorted(held.parts.items())]
+        for frame in wire.fit_have_model(request_id, model, held.runs(), parts):
+            await self._send(frame)
+
+    def _is_asked(self, message: wire.HaveModel) -> bool:
+        """Tell whether what is said of a model is of interest.
+
+        Raises
+        ------
+        ProtocolError
+            Nobody asked, or it does not fit the model's manifest.
+        """
+        if message.model not in self.asked:
+            raise ProtocolError("have_model: about a model that was not asked about")
+        table = self.asked[message.model]
+        if table is not None:
+            wire_models.check_model(message, table.sizes)
+        return table is not None
+
+    def _hear_of_model(self, message: wire.HaveModel) -> None:
+        table = self.asked.get(message.model)
+        if table is not None:
+            self._owner.on_have_model(self.peer_id, message, table)
 
     # ---- what we ask
 
@@ -307,7 +386,7 @@ class Neighbour:
             if isinstance(frame, wire.Refusal):
                 raise NoSource(f"peer {self.peer_id} refused: {frame.text}")
             yield frame
-            if not isinstance(frame, wire.Have | wire.Blobs) or frame.last:
+            if not isinstance(frame, wire.Have | wire.HaveModel | wire.Blobs) or frame.last:
                 return
 
     async def want(self, digests: Collection[bytes]) -> None:
@@ -324,9 +403,58 @@ class Neighbour:
 
         await self._ask_in_parts(list(digests), wire_limits.MAX_WANT_DIGESTS, WANTS_AHEAD, ask)
 
+    async def want_model(
+        self, model: bytes, table: ObjectTable, runs: Sequence[tuple[int, int]]
+    ) -> None:
+        """Ask what the neighbour holds of objects of a model, now and later.
+
+        The answers go to the owner's `on_have_model`, as the news do.
+
+        Parameters
+        ----------
+        model : bytes
+            The manifest's digest.
+        table : ObjectTable
+            The manifest's objects.
+        runs : sequence of (int, int)
+            Which ones: the first of each run, and the one after its last.
+
+        Raises
+        ------
+        NoSource, Refused
+            It cannot be asked like this: it does not know the manifest, or takes no such
+            questions, or the runs are too many. Ask by digests.
+        """
+        if MODELS not in self.hello.features or 2 * len(runs) > wire_models.MAX_RUN_ITEMS:
+            raise NoSource(f"peer {self.peer_id} cannot be asked about this model as such")
+        self.asked[model] = table
+        flat = wire.flat_runs(runs)
+        try:
+            async with self._asking(lambda i: wire.WantModel(i, model, flat)) as frames:
+                async for frame in frames():
+                    assert isinstance(frame, wire.HaveModel)
+                    if frame.model != model:
+                        raise ProtocolError(f"peer {self.peer_id} answered about another model")
+                    self._hear_of_model(frame)
+        except RemoteError:
+            self._give_up_models([model])
+            raise
+
+    def _give_up_models(self, models: Iterable[bytes]) -> None:
+        """Note that nothing more is to be heard of models; news of them may be on the way."""
+        for model in models:
+            if model in self.asked:
+                del self.asked[model]  # so that it is the youngest
+                self.asked[model] = None
+        for old in [model for model, table in self.asked.items() if table is None]:
+            if len(self.asked) <= MAX_MODELS_ASKED:
+                break
+            del self.asked[old]
+
     async def unwant(self, digests: Collection[bytes]) -> None:
-        """Ask for no more news of `digests`."""
+        """Ask for no more news of `digests`, and of models that have one of them."""
         wanted = list(digests)
+        self._give_up_models(wanted if self.asked else ())
         for start in range(0, len(wanted), wire_limits.MAX_WANT_DIGESTS):
             await self._send(
                 wire.Unwant(tuple(wanted[start : start + wire_limits.MAX_WANT_DIGESTS]))
@@ -335,6 +463,12 @@ class Neighbour:
     def tell(self, entries: Iterable[wire.HaveEntry]) -> None:
         """Tell news of what we hold now, as soon as the stream takes it."""
         self._outbox.add_news(entries)
+
+    def tell_model(
+        self, model: bytes, count: int, told: Iterable[tuple[int, bytes | None]]
+    ) -> None:
+        """Tell news of objects of a model: index, and bitmap or None for the whole."""
+        self._outbox.add_model_news(model, count, told)
 
     def notify(self, notice: wire.Offer | wire.Pass) -> None:
         """Offer an upload, or pass on an offer, as soon as the stream takes it."""

@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterable, Sequence
 import trio
 
 from tensorswarm.store.errors import NoSource, RemoteError
+from tensorswarm.store.object_table import ObjectTable
 
 from ..host.addresses import PeerAddress, is_circuit
 from ..host.host import Host, Stream
 from . import wire, wire_limits
-from .answers import Answers
+from .answers import Answers, held_part
 from .neighbour import Neighbour
+from .object_set import ObjectSet
 
 MAX_NEIGHBOURS = 200
 """Neighbours at once. Below the 250 connections at which a py-libp2p hub stops."""
@@ -25,10 +27,14 @@ MAX_NEIGHBOURS = 200
 MAX_HELD_DIGESTS = 1 << 17
 """Objects remembered as held by one neighbour: the largest models have 100,000 tensors."""
 
+MAX_HELD_MODELS = 16
+"""Models of which it is remembered what one neighbour holds; the oldest are forgotten."""
+
 MEET_TIMEOUT_S = 5.0
 """Time to connect and open the stream, in seconds."""
 
 HaveListener = Callable[[str, Sequence[wire.HaveEntry]], None]
+HaveModelListener = Callable[[str, wire.HaveModel], None]
 OfferListener = Callable[[str, wire.Offer | wire.Pass], None]
 
 
@@ -50,6 +56,8 @@ class Neighbours:
         Hear of each neighbour, by peer id, as it comes and goes.
     have_listeners : list of callables
         Hear what neighbours say they hold.
+    have_model_listeners : list of callables
+        Hear what they say they hold of a model, by its manifest.
     offer_listeners : list of callables
         Hear of uploads that neighbours offer, and of offers that they pass on.
     """
@@ -60,11 +68,12 @@ class Neighbours:
         self._hello = hello
         self._table: dict[str, Neighbour] = {}
         self._meeting: dict[str, trio.Lock] = {}
-        self._held: dict[str, set[bytes]] = {}
+        self._held: dict[str, ObjectSet] = {}
         self._nursery: trio.Nursery | None = None
         self.joined: list[Callable[[str], None]] = []
         self.left: list[Callable[[str], None]] = []
         self.have_listeners: list[HaveListener] = []
+        self.have_model_listeners: list[HaveModelListener] = []
         self.offer_listeners: list[OfferListener] = []
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -170,10 +179,10 @@ class Neighbours:
         if earlier is not None and not earlier.is_closed:
             # Both dialled at once. The later stream is used, the earlier is answered until it
             # ends, and what the peer asked to hear of on either counts for both.
-            neighbour.interests = earlier.interests
+            neighbour.interests, neighbour.asked = earlier.interests, earlier.asked
             neighbour.earlier, earlier.earlier = earlier, None
         self._table[peer_id] = neighbour
-        self._held.setdefault(peer_id, set())
+        self._held.setdefault(peer_id, ObjectSet())
         if is_new:
             for listener in list(self.joined):
                 listener(peer_id)
@@ -199,9 +208,22 @@ class Neighbours:
         """Remember who holds what, and pass it on."""
         held = self._held.get(peer_id)
         if held is not None and len(held) + len(entries) <= MAX_HELD_DIGESTS:
-            held.update(entry.digest for entry in entries)
+            held.add(entry.digest for entry in entries)
         for listener in list(self.have_listeners):
             listener(peer_id, entries)
+
+    def on_have_model(self, peer_id: str, message: wire.HaveModel, table: ObjectTable) -> None:
+        """Remember who holds what of a model, and pass it on."""
+        held = self._held.get(peer_id)
+        if held is not None:
+            known = held.part_of(message.model, table)
+            for run in message.runs():
+                known.add_run(*run)
+            for index, proved in message.parts:
+                known.add(index, proved)
+            held.forget_oldest(MAX_HELD_MODELS)
+        for listener in list(self.have_model_listeners):
+            listener(peer_id, message)
 
     def peers_for(self, digest: bytes, asker: str) -> list[wire.PeerEntry]:
         """Return neighbours that hold or want an object; any, for an empty digest."""
@@ -231,18 +253,46 @@ class Neighbours:
     def tell(self, entries: Iterable[wire.HaveEntry]) -> None:
         """Tell every neighbour the news it asked to hear, each at the pace it reads."""
         news = list(entries)
+        placed: dict[bytes, list[tuple[bytes, int, bytes | None]]] = {}
         for neighbour in self.all():
             may_have = self._answers.to(neighbour.peer_id).may_have
             wanted = [
                 entry
                 for entry in news
-                if entry.digest in neighbour.interests and may_have(entry.digest)
+                if neighbour.interests.names(entry.digest) and may_have(entry.digest)
             ]
             if wanted:
                 neighbour.tell(wanted)
+            for model, table, chosen in neighbour.interests.models():
+                if model not in placed:  # the same for all who want the model
+                    placed[model] = _places(table, news)
+                told = [
+                    (index, proved)
+                    for digest, index, proved in placed[model]
+                    if index in chosen and may_have(digest)
+                ]
+                if told:
+                    neighbour.tell_model(model, len(table), told)
 
     async def wait_told(self) -> None:
         """Wait until every neighbour has been told all news."""
         async with trio.open_nursery() as nursery:
             for neighbour in self.all():
                 nursery.start_soon(neighbour.wait_told)
+
+
+def _places(
+    table: ObjectTable, news: Iterable[wire.HaveEntry]
+) -> list[tuple[bytes, int, bytes | None]]:
+    """Return digest, index and bitmap of what can be told by a model's manifest."""
+    places = []
+    for digest, size_bytes, proved, chunk_list in news:
+        index = table.find(digest)
+        if index < 0 or size_bytes != table.sizes[index]:
+            continue
+        if proved is not None:
+            proved = held_part(table, index, size_bytes, proved, chunk_list)
+            if proved is None:
+                continue
+        places.append((digest, index, proved))
+    return places

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 import trio
 
 from . import wire
+from .holdings import Holdings
 from .wire_limits import MAX_SUBSCRIPTIONS
 
 MAX_NOTICES = 32
@@ -28,6 +29,7 @@ class Outbox:
 
     def __init__(self) -> None:
         self._news: dict[bytes, wire.HaveEntry] = {}
+        self._models: dict[bytes, Holdings] = {}
         self._notices: deque[wire.Offer | wire.Pass] = deque(maxlen=MAX_NOTICES)
         self._is_filled = trio.Event()
         self._is_idle = trio.Event()
@@ -39,6 +41,15 @@ class Outbox:
             if entry.digest in self._news or len(self._news) < MAX_SUBSCRIPTIONS:
                 self._news[entry.digest] = entry
                 self._fill()
+
+    def add_model_news(
+        self, model: bytes, count: int, told: Iterable[tuple[int, bytes | None]]
+    ) -> None:
+        """Queue news of objects of a model of `count` objects: index, and bitmap or None."""
+        news = self._models.setdefault(model, Holdings(count))
+        for index, proved in told:
+            news.add(index, proved)
+        self._fill()
 
     def add_notice(self, notice: wire.Offer | wire.Pass) -> None:
         """Queue an offer or a pass."""
@@ -56,8 +67,11 @@ class Outbox:
         self._is_filled = trio.Event()
         taken: list[wire.Message] = [*self._notices]
         taken += wire.fit_have(0, self._news.values()) if self._news else ()
+        for model, news in self._models.items():
+            parts = [wire.ModelPart(*part) for part in sorted(news.parts.items())]
+            taken += wire.fit_have_model(0, model, news.runs(), parts)
         self._notices.clear()
-        self._news = {}
+        self._news, self._models = {}, {}
         return taken
 
     def sent(self) -> None:

@@ -22,7 +22,12 @@ from tensorswarm.p2p import download as download_module
 from tensorswarm.p2p.bulk.server import BulkServer
 from tensorswarm.p2p.control import wire
 from tensorswarm.p2p.control.answers import Answers
-from tensorswarm.p2p.control.neighbours import HaveListener, Neighbours, OfferListener
+from tensorswarm.p2p.control.neighbours import (
+    HaveListener,
+    HaveModelListener,
+    Neighbours,
+    OfferListener,
+)
 from tensorswarm.p2p.download import Download
 from tensorswarm.p2p.fetch import one_error
 from tensorswarm.p2p.host.host import Stream
@@ -62,6 +67,7 @@ class FakeNeighbours:
     """Neighbours that say what a test has them say, and note what they are told."""
 
     have_listeners: list[HaveListener] = field(default_factory=list)
+    have_model_listeners: list[HaveModelListener] = field(default_factory=list)
     offer_listeners: list[OfferListener] = field(default_factory=list)
     told: list[wire.HaveEntry] = field(default_factory=list)
     told_more: trio.Event = field(default_factory=trio.Event)

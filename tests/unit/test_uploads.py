@@ -11,6 +11,7 @@ from typing import cast
 
 from tensorswarm.p2p.control import wire
 from tensorswarm.p2p.control.neighbours import Neighbours
+from tensorswarm.p2p.control.object_set import ObjectSet
 from tensorswarm.p2p.swarm.upload_slots import OFFER_S
 from tensorswarm.p2p.uploads import MAX_AHEAD, OFFERS, Upload, Uploads
 from tensorswarm.store.digest import CHUNK_SIZE, chunk_list_of, digest_of
@@ -29,7 +30,7 @@ class FakeNeighbour:
     """A neighbour that notes what it is offered."""
 
     hello: wire.Hello
-    interests: set[bytes]
+    interests: ObjectSet
     offers: list[wire.Offer] = field(default_factory=list)
 
     def notify(self, notice: wire.Offer | wire.Pass) -> None:
@@ -45,7 +46,8 @@ class FakeNeighbours:
 
     def add(self, name: str, *, features: Sequence[str] = (OFFERS,)) -> FakeNeighbour:
         hello = wire.Hello(1, "test", (), (), tuple(features))
-        self.table[name] = FakeNeighbour(hello, {MODEL, DIGEST})
+        self.table[name] = FakeNeighbour(hello, ObjectSet())
+        self.table[name].interests.add([MODEL, DIGEST])
         return self.table[name]
 
     def get(self, name: str) -> FakeNeighbour | None:
@@ -91,7 +93,7 @@ def test_who_wants_the_same_and_knows_offers_gets_them(tmp_path: Path) -> None:
     world.neighbours.add("old", features=())
     world.neighbours.add("barred")
     world.forbidden.add("barred")
-    world.neighbours.add("elsewhere").interests.clear()
+    world.neighbours.add("elsewhere").interests.discard([MODEL, DIGEST])
     world.open()
     world.uploads.look()
     offered = world.offered()
@@ -180,6 +182,6 @@ def test_offers_end_when_we_are_through_and_nobody_is_left(tmp_path: Path) -> No
     world.uploads.look()
     assert world.uploads.is_open(MODEL)
     assert one.offers
-    one.interests.clear()
+    one.interests.discard([MODEL, DIGEST])
     world.uploads.look()
     assert not world.uploads.is_open(MODEL)

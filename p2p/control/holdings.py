@@ -1,6 +1,7 @@
-"""What a source says it holds of the objects of a download: a bit for each that is whole.
+"""What somebody holds of a list of objects: a bit for each that is whole.
 
-With 100,000 objects and 200 sources anything larger than a bit would be felt. No I/O.
+The objects are those of a download, or of a model. With 100,000 objects and 200 sources
+anything larger than a bit would be felt. No I/O.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from tensorswarm.store import bitmap
 
 
 class Holdings:
-    """The objects that one source holds, whole or in part.
+    """The objects that somebody holds, whole or in part.
 
     Parameters
     ----------
@@ -36,6 +37,28 @@ class Holdings:
 
     def __len__(self) -> int:
         return self._whole_count + len(self.parts)
+
+    @property
+    def whole_count(self) -> int:
+        """How many are held whole."""
+        return self._whole_count
+
+    def add_run(self, start: int, stop: int) -> bool:
+        """Note that the objects from `start` to before `stop` are held whole; return if news."""
+        if self.parts:
+            for index in [index for index in self.parts if start <= index < stop]:
+                del self.parts[index]
+        before = self._whole_count
+        window = self._whole[start >> 3 : (stop + 7) >> 3]
+        known = bitmap.count_set(window)
+        bitmap.set_range(window, start & 7, (start & 7) + stop - start)
+        self._whole_count += bitmap.count_set(window) - known
+        self._whole[start >> 3 : (stop + 7) >> 3] = window
+        return self._whole_count > before
+
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """Yield the runs of objects held whole: the first, and the one after the last."""
+        return bitmap.runs_of_set(self._whole)
 
     def add(self, index: int, proved: bytes | None) -> bool:
         """Note what it holds of an object now (None: all); return whether that is news."""
