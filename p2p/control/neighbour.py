@@ -201,14 +201,16 @@ class Neighbour:
                 return None
             self._reader.feed(data)
 
-    async def _send(self, message: wire.Message) -> None:
+    async def _send(self, *messages: wire.Message) -> None:
+        """Send messages, together: each by itself costs as much as all of them, if short."""
         async with self._send_lock:
-            if self._closed.is_set() and not isinstance(message, wire.Bye):
+            if self._closed.is_set() and not isinstance(messages[0], wire.Bye):
                 raise NoSource(f"peer {self.peer_id} has left")
-            self._conversation.sent(message)
+            for message in messages:
+                self._conversation.sent(message)
             try:
                 with trio.fail_after(SEND_TIMEOUT_S):
-                    await self._stream.send(wire.encode(message))
+                    await self._stream.send(b"".join(map(wire.encode, messages)))
             except trio.TooSlowError as error:
                 raise NoSource(f"peer {self.peer_id} does not take what we send") from error
 
@@ -487,7 +489,10 @@ class Neighbour:
 
     async def _speak(self) -> None:
         while True:
-            for message in await self._outbox.take():
+            messages = await self._outbox.take()
+            short = sum(not isinstance(message, wire.Have) for message in messages)
+            await self._send(*messages[: short + 1])
+            for message in messages[short + 1 :]:
                 await self._send(message)
             self._outbox.sent()
 

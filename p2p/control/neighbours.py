@@ -30,6 +30,9 @@ MAX_HELD_DIGESTS = 1 << 17
 MAX_HELD_MODELS = 16
 """Models of which it is remembered what one neighbour holds; the oldest are forgotten."""
 
+MAX_TOLD_DIGESTS = 1 << 17
+"""Objects remembered as told to be whole, until somebody asks which they were."""
+
 MEET_TIMEOUT_S = 5.0
 """Time to connect and open the stream, in seconds."""
 
@@ -69,6 +72,7 @@ class Neighbours:
         self._table: dict[str, Neighbour] = {}
         self._meeting: dict[str, trio.Lock] = {}
         self._held: dict[str, ObjectSet] = {}
+        self._told_whole: set[bytes] = set()
         self._nursery: trio.Nursery | None = None
         self.joined: list[Callable[[str], None]] = []
         self.left: list[Callable[[str], None]] = []
@@ -254,6 +258,8 @@ class Neighbours:
         """Tell every neighbour the news it asked to hear, each at the pace it reads."""
         news = list(entries)
         placed: dict[bytes, list[tuple[bytes, int, bytes | None]]] = {}
+        if len(self._told_whole) <= MAX_TOLD_DIGESTS:
+            self._told_whole.update(entry.digest for entry in news if entry.bitmap is None)
         for neighbour in self.all():
             may_have = self._answers.to(neighbour.peer_id).may_have
             wanted = [
@@ -273,6 +279,11 @@ class Neighbours:
                 ]
                 if told:
                     neighbour.tell_model(model, len(table), told)
+
+    def take_told_whole(self) -> set[bytes]:
+        """Return which objects were told to be whole since the last call, or most of them."""
+        told, self._told_whole = self._told_whole, set()
+        return told
 
     async def wait_told(self) -> None:
         """Wait until every neighbour has been told all news."""

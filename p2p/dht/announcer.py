@@ -3,10 +3,15 @@
 Announced are model ids and tensors of 1 MiB and more. Smaller tensors travel with
 a model that names them; a record for each would cost more than its bytes. Looks at
 the store again whenever any process has changed it.
+
+What is new is announced at once. While more keeps coming, as it does in a download, it is
+gathered: an announcement of one key opens as many streams as one of a thousand, and those
+streams cost a node that fetches more than all its other messages together.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import trio
@@ -24,6 +29,15 @@ ANNOUNCE_MIN_BYTES = 1 << 20
 
 WATCH_INTERVAL_S = 1.0
 """How often the store is looked at for changes made by other processes."""
+
+GATHER_FIRST_S = 2.0
+"""Pause between two announcements when the second follows closely."""
+
+GATHER_GROWTH = 3.0
+"""So many times as long with each that follows closely."""
+
+GATHER_LONGEST_S = 30.0
+"""Longest such pause: the model's own key has led others here from the first on."""
 
 SYNC_INTERVAL_S = 5.0
 """How often a node puts what it verified onto stable storage."""
@@ -51,6 +65,29 @@ def announceable(store: Store, access: Access) -> dict[bytes, int]:
     for digest in store.records(list(tensors)):
         found[digest] = tensors[digest]
     return found
+
+
+class Gathering:
+    """When to announce what is new: at once, and together what follows closely.
+
+    Does no I/O; `now` is in seconds of a clock that never goes back.
+    """
+
+    def __init__(self) -> None:
+        self._pause_s = GATHER_FIRST_S
+        self._next_at = -math.inf
+
+    def is_due(self, now: float) -> bool:
+        """Tell whether something new is to be announced now."""
+        return now >= self._next_at
+
+    def announced(self, now: float) -> None:
+        """Note an announcement."""
+        is_close = now < self._next_at + self._pause_s
+        self._pause_s = (
+            min(self._pause_s * GATHER_GROWTH, GATHER_LONGEST_S) if is_close else (GATHER_FIRST_S)
+        )
+        self._next_at = now + self._pause_s
 
 
 class Announcer:
@@ -83,7 +120,9 @@ class Announcer:
         self._discovery = discovery
         self._neighbours = neighbours
         self._log = log
-        self._known: dict[bytes, int] = {}
+        self._told: dict[bytes, int] = {}
+        self._announced: set[bytes] = set()
+        self._gathering = Gathering()
 
     async def run(self) -> None:
         """Watch and announce until cancelled."""
@@ -97,23 +136,36 @@ class Announcer:
                         seen = None
                     if version != seen:
                         seen = version
-                        await self._announce_new()
+                        await self._look()
+                    await self._announce(trio.current_time())
                 except TensorswarmError as error:
                     self._log(f"cannot look at the store: {error}")
                 await trio.sleep(WATCH_INTERVAL_S)
 
-    async def _announce_new(self) -> None:
+    async def _look(self) -> None:
+        """Find out what the store holds now; tell the neighbours what is news to them."""
         present = await trio.to_thread.run_sync(announceable, self._store, self._access)
-        new = {digest: size for digest, size in present.items() if digest not in self._known}
-        gone = [digest for digest in self._known if digest not in present]
+        gone = [digest for digest in self._told if digest not in present]
         self._discovery.withdraw(gone)
-        self._known = present
-        if not new:
-            return
+        self._announced.difference_update(gone)
+        by_downloads = self._neighbours.take_told_whole()
         self._neighbours.tell(
-            [wire.HaveEntry(digest, size, None, b"") for digest, size in new.items() if size]
+            [
+                wire.HaveEntry(digest, size, None, b"")
+                for digest, size in present.items()
+                if size and digest not in self._told and digest not in by_downloads
+            ]
         )
-        announced = await self._discovery.announce(list(new))
+        self._told = present
+
+    async def _announce(self, now: float) -> None:
+        """Announce on the DHT what has not been announced yet, when that is due."""
+        new = [digest for digest in self._told if digest not in self._announced]
+        if not new or not self._gathering.is_due(now):
+            return
+        self._gathering.announced(now)
+        self._announced.update(new)
+        announced = await self._discovery.announce(new)
         if announced.confirmed:
             self._log(f"announced {len(announced.confirmed)} of {len(new)} keys")
         else:

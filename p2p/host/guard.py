@@ -72,6 +72,7 @@ from tensorswarm.store.errors import BadInput
 
 from .addresses import MAX_ADDRS_PER_PEER, believable, tcp_host, with_peer_id
 from .door import Door, HalfOpen, StreamBudget
+from .lean import make_lean
 from .pnet import ProtectedConnection
 from .stream import is_ending
 from .window import tell_by_halves
@@ -194,6 +195,7 @@ def build(
     """
     quiet_logging()
     tell_by_halves()
+    make_lean()
     vars(swarm_module)["new_protected_conn"] = ProtectedConnection  # see `pnet`
     config = ConnectionConfig(
         max_connections=max_connections,

@@ -183,6 +183,7 @@ def test_what_answers_is_not_a_peer(greeting: bytes | None, reason: str, timeout
     async def main() -> None:
         async def serve(stream: trio.SocketStream) -> None:
             if greeting is not None:
+                await stream.receive_some()  # closing with this unread would cut the connection
                 await stream.send_all(greeting)
                 return
             await trio.sleep_forever()
