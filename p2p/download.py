@@ -30,10 +30,10 @@ from .bulk.sink import (
 from .control import wire
 from .control.holdings import Holdings, set_bits
 from .control.neighbours import Neighbours
-from .download_sources import KnownSource, OriginSpec, why_stuck
+from .download_sources import KnownSource, OriginSpec, reports_of, why_stuck
 from .limits.rates import RateLimiter
 from .news import News
-from .origins.origin import Place, display_url, runs_of
+from .origins.origin import Place, runs_of
 from .origins.source import OriginSource
 from .results import SourceReport
 from .roster import Roster
@@ -153,6 +153,7 @@ class Download:
         self._neighbours.have_listeners.append(self._on_have)
         self._neighbours.have_model_listeners.append(self._on_have_model)
         self._neighbours.offer_listeners.append(self._on_offer)
+        self._routes.changed.append(self._on_route)
         for origin in self._origins:
             self._start_origin(origin)
 
@@ -162,6 +163,7 @@ class Download:
             self._neighbours.have_listeners.remove(self._on_have)
             self._neighbours.have_model_listeners.remove(self._on_have_model)
             self._neighbours.offer_listeners.remove(self._on_offer)
+            self._routes.changed.remove(self._on_route)
             if self._uploads is not None:
                 self._uploads.leave(self._swarm_key)
         for source in self._sources.values():
@@ -451,7 +453,9 @@ class Download:
         if not is_news or source.banned:
             return
         self._sources[peer_id] = source
-        if fresh:
+        if fresh and (held_until := self._routes.held_until(peer_id)) > now:
+            source.retry_at = held_until  # or sooner, see `_on_route`
+        elif fresh:
             self._restart(now, peer_id, source)
         self._events.wake()
 
@@ -471,6 +475,19 @@ class Download:
             self._planner.source_holds_whole(now, name, run)
         for index, proved in parts:
             self._planner.source_holds(now, name, index, proved)
+
+    def _on_route(self, peer_id: str) -> None:
+        """Hear that a peer behind a relay can be reached directly now, or will not be."""
+        now, source = trio.current_time(), self._sources.get(peer_id)
+        if source is None or source.dropped:
+            return
+        if source.worker is not None and self._routes.without_bulk(peer_id) is Via.RELAY:
+            return
+        if source.worker is not None:
+            source.worker.close()
+            self._planner.remove_source(now, peer_id)
+        self._restart(now, peer_id, source)
+        self._events.wake()
 
     def _on_offer(self, peer_id: str, message: wire.Offer | wire.Pass) -> None:
         """Hear that a neighbour has an upload to spare; who offers a chunk has it."""
@@ -573,20 +590,5 @@ class Download:
     def reports(self) -> tuple[list[SourceReport], int]:
         """Return what each source gave, and the bytes received in vain."""
         statistics = self._planner.statistics()
-        reports: list[SourceReport] = []
-        for counted in statistics.sources:
-            name = counted.source
-            source = self._sources.get(name)
-            dropped = source is not None and source.dropped
-            if counted.proved_bytes or dropped:
-                reports.append(
-                    SourceReport(
-                        counted.kind.value,
-                        display_url(name),
-                        counted.proved_bytes,
-                        dropped,
-                        source.reason if source is not None else "",
-                        source.via.value if source is not None and source.via else None,
-                    )
-                )
-        return reports, statistics.duplicate_bytes + statistics.refused_bytes
+        wasted_bytes = statistics.duplicate_bytes + statistics.refused_bytes
+        return reports_of(statistics.sources, self._sources), wasted_bytes

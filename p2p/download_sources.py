@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from tensorswarm.store.errors import (
@@ -15,9 +15,11 @@ from tensorswarm.store.errors import (
 
 from .control.holdings import Holdings
 from .origins.origin import Place, display_url
+from .results import SourceReport
 from .routes import Via
 from .swarm.planner import SourceKind
 from .swarm.source import Failure, SourceWorker
+from .swarm.types import SourceStatistics
 
 PASSING = frozenset({Failure.STALLED, Failure.CLOSED, Failure.UNREACHABLE})
 
@@ -88,6 +90,28 @@ class KnownSource:
         """Note that it gives again, though it was given up perhaps."""
         self.dropped = False
         self.failures = 0
+
+
+def reports_of(
+    counted: Iterable[SourceStatistics], sources: Mapping[str, KnownSource]
+) -> list[SourceReport]:
+    """Return what each source gave, and those that were dropped."""
+    reports = []
+    for each in counted:
+        known = sources.get(each.source)
+        dropped = known is not None and known.dropped
+        if each.proved_bytes or dropped:
+            reports.append(
+                SourceReport(
+                    each.kind.value,
+                    display_url(each.source),
+                    each.proved_bytes,
+                    dropped,
+                    known.reason if known is not None else "",
+                    known.via.value if known is not None and known.via else None,
+                )
+            )
+    return reports
 
 
 def why_stuck(

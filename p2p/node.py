@@ -44,6 +44,7 @@ from .host.pnet import fingerprint, read_key
 from .limits.rates import limiter_of
 from .node_state import remove_state, write_state
 from .reach.autonat import AutoNatServer
+from .reach.punch import Puncher
 from .reach.reach import Reach
 from .reach.relay_client import RelayClient
 from .reach.relay_server import RelayServer
@@ -199,10 +200,10 @@ class Node:
         answers = Answers(self.store, self.access)
         self.neighbours = Neighbours(self._host, answers, self._hello)
         self._uploads = Uploads(self.neighbours, self.access.may_have, self._rng)
+        client = RelayClient(self._host)
+        self._puncher = Puncher(self._host, client, move=self.neighbours.renew)
         self._start_bulk_plane()
-        self.reach = Reach(
-            self._host, RelayClient(self._host), self._via, on_change=self._addresses_changed
-        )
+        self.reach = Reach(self._host, client, self._via, on_change=self._addresses_changed)
         if self._is_relay:
             RelayServer(self._host, limiter=self.upload_limiter).start()
         file = None
@@ -255,9 +256,12 @@ class Node:
             lambda peer_id: self._host.open_stream(peer_id, BULK_STREAM_PROTOCOL),
             self._host.start_soon,
             is_relayed=self._host.is_relayed,
+            is_punched=self._puncher.is_punched,
+            held_until=self._puncher.held_until,
             seen_at=self.neighbours.seen_at,
             limiter=self.download_limiter,
         )
+        self._puncher.settled.append(self._routes.tell_changed)
 
     async def _start_tasks(self, file: DhtFile | None) -> None:
         """Run what keeps the node in the network, in the background."""
@@ -426,9 +430,15 @@ class Node:
                 nursery.start_soon(meet, peer)
         return failed
 
-    def is_relayed(self, peer_id: str) -> bool:
-        """Tell whether a peer is connected through a relay only."""
-        return self._host.is_relayed(peer_id)
+    async def wait_path(self, peer_id: str) -> None:
+        """Wait, for seconds at most, until it is settled which way leads to a peer."""
+        await self._puncher.wait_settled(peer_id)
+
+    def path_to(self, peer_id: str) -> str:
+        """Tell how a peer is connected: ``"direct"``, ``"punched"`` or ``"relay"``."""
+        if self._host.is_relayed(peer_id):
+            return "relay"
+        return "punched" if self._puncher.is_punched(peer_id) else "direct"
 
     def statistics(self) -> dict[str, Any]:
         """Return counters of the node, for people and logs."""

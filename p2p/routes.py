@@ -2,11 +2,16 @@
 
 Purpose: choose, for each peer, the way that is there. The bulk plane is tried first, at
 every address that may be dialled; a peer that tells of none, or answers at none, is asked
-over a stream on the libp2p connection there is to it, which may lead through a relay.
+over a stream on the libp2p connection there is to it, which may lead through a relay or
+through a hole punched in two NATs.
 
 Rules
 - A bulk plane that could not be reached is left alone for `UNREACHABLE_S`, by all fetches
   of the node; meanwhile the peer is asked over streams at once.
+- What is known to have come through a punched hole is asked over streams at once, too: its
+  NAT lets nobody in at the port of its bulk plane.
+- A peer behind a relay may become directly reachable any moment. Until `held_until` its bytes
+  wait for that; whoever listens in `changed` hears when it is settled, either way.
 - Bulk addresses are a peer's claims. Tried are those no more private than the address at
   which we see the peer (see `addresses.believable`), nearest first: this machine, private
   networks, the Internet.
@@ -44,6 +49,7 @@ class Via(Enum):
 
     BULK = "bulk"
     STREAM = "stream"
+    PUNCHED = "punched"
     RELAY = "relay"
 
 
@@ -70,10 +76,19 @@ class Routes:
         Runs an operation in the background, as `Host.start_soon` does.
     is_relayed : callable
         From a peer id to whether all connections to it lead through a relay.
+    is_punched : callable
+        From a peer id to whether the connection to it goes through a punched hole.
+    held_until : callable
+        From a peer id to when its bytes need not wait any longer for a better way.
     seen_at : callable
         From a peer id to the IP address at which we see it; None if that is not known.
     limiter : RateLimiter, optional
         Holds what all sources receive together below a rate.
+
+    Attributes
+    ----------
+    changed : list of callables
+        Hear, by peer id, when the way to a peer may have become another.
     """
 
     def __init__(
@@ -83,6 +98,8 @@ class Routes:
         open_stream: Callable[[str], Awaitable[Stream]],
         start_soon: Callable[[Callable[[], Awaitable[object]]], object],
         is_relayed: Callable[[str], bool] = lambda _peer_id: False,
+        is_punched: Callable[[str], bool] = lambda _peer_id: False,
+        held_until: Callable[[str], float] = lambda _peer_id: 0.0,
         seen_at: Callable[[str], str | None] = lambda _peer_id: None,
         limiter: RateLimiter | None = None,
     ) -> None:
@@ -91,15 +108,19 @@ class Routes:
         self._open_stream = open_stream
         self._start_soon = start_soon
         self._is_relayed = is_relayed
+        self._is_punched = is_punched
+        self.held_until = held_until
         self._seen_at = seen_at
         self._limiter = limiter
+        self.changed: list[Callable[[str], object]] = []
         self._unreachable: OrderedDict[str, float] = OrderedDict()
 
     def start(
         self, now: float, peer_id: str, sink: Sink, report: Report
     ) -> tuple[Via, SourceWorker]:
         """Return a worker for a peer, and the way it takes."""
-        addresses = [] if self._is_unreachable(now, peer_id) else self._bulk_addresses(peer_id)
+        is_out = self._is_unreachable(now, peer_id) or self._is_punched(peer_id)
+        addresses = [] if is_out else self._bulk_addresses(peer_id)
         if addresses:
             return Via.BULK, PeerSource(
                 peer_id, addresses, self._identity, sink, report, limiter=self._limiter
@@ -122,7 +143,14 @@ class Routes:
 
     def without_bulk(self, peer_id: str) -> Via:
         """Return the way that streams to a peer take now."""
-        return Via.RELAY if self._is_relayed(peer_id) else Via.STREAM
+        if self._is_relayed(peer_id):
+            return Via.RELAY
+        return Via.PUNCHED if self._is_punched(peer_id) else Via.STREAM
+
+    def tell_changed(self, peer_id: str) -> None:
+        """Tell whoever listens that the way to a peer may have become another."""
+        for listener in list(self.changed):
+            listener(peer_id)
 
     def bulk_failed(self, now: float, peer_id: str) -> None:
         """Note that a peer's bulk plane could not be reached."""

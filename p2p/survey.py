@@ -77,6 +77,9 @@ async def survey(node: Node, digest: bytes, timeout_s: float) -> list[dict[str, 
         async with trio.open_nursery() as nursery:
             for peer in list(known.values())[:MAX_PEERS_MET]:
                 nursery.start_soon(meet, peer)
+        async with trio.open_nursery() as nursery:
+            for neighbour in node.neighbours.all():
+                nursery.start_soon(node.wait_path, neighbour.peer_id)
     held = await _held_bytes(node, digest) if digest else {}
     return [
         {
@@ -84,7 +87,7 @@ async def survey(node: Node, digest: bytes, timeout_s: float) -> list[dict[str, 
             "agent": neighbour.hello.agent,
             "addrs": list(neighbour.hello.addrs),
             "bulk": list(neighbour.hello.bulk),
-            "via": "relay" if node.is_relayed(neighbour.peer_id) else "direct",
+            "via": node.path_to(neighbour.peer_id),
             "rtt_ms": round(1000 * rtts.get(neighbour.peer_id, 0.0), 2),
             "bytes_held": held.get(neighbour.peer_id, 0),
         }

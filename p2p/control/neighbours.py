@@ -150,8 +150,24 @@ class Neighbours:
             raise NoSource(f"{MAX_NEIGHBOURS} neighbours already")
         if peer.peer_id not in self._host.connected():
             await self._host.connect_peer(peer, timeout_s)
-        stream = await self._host.open_stream(peer.peer_id, wire_limits.PROTOCOL_ID, timeout_s)
-        neighbour = Neighbour(peer.peer_id, stream, self._answers.to(peer.peer_id), self)
+        return await self._say_hello(peer.peer_id, timeout_s)
+
+    async def renew(self, peer_id: str, timeout_s: float = MEET_TIMEOUT_S) -> None:
+        """Say hello to a neighbour once more, on the best connection that there is now.
+
+        The earlier stream is answered until it ends. Nothing happens if it is no neighbour.
+
+        Raises
+        ------
+        RemoteError
+            It does not answer; the earlier stream stays in use.
+        """
+        if peer_id in self._table:
+            await self._say_hello(peer_id, timeout_s)
+
+    async def _say_hello(self, peer_id: str, timeout_s: float) -> Neighbour:
+        stream = await self._host.open_stream(peer_id, wire_limits.PROTOCOL_ID, timeout_s)
+        neighbour = Neighbour(peer_id, stream, self._answers.to(peer_id), self)
         try:
             await neighbour.greet(self._hello())
         except BaseException:

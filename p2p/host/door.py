@@ -186,10 +186,22 @@ class StreamBudget:
 
 @dataclass(frozen=True, slots=True)
 class Door:
-    """Both, of one host."""
+    """Both, of one host.
+
+    Attributes
+    ----------
+    half_open : HalfOpen
+        Connections that shake hands.
+    streams : StreamBudget
+        Streams that peers open.
+    expected : dict of (str, int) to str
+        Places from which a peer is expected that dials us and yet waits for us to speak
+        (hole punching makes it the server), to its id. Kept small by whoever expects it.
+    """
 
     half_open: HalfOpen = field(default_factory=HalfOpen)
     streams: StreamBudget = field(default_factory=StreamBudget)
+    expected: dict[tuple[str, int], str] = field(default_factory=dict)
 
     def statistics(self) -> dict[str, int]:
         """Return counters of connections that came in, and of the streams that peers open."""

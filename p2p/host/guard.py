@@ -71,7 +71,7 @@ from multiaddr import Multiaddr
 from tensorswarm.store.errors import BadInput
 
 from .addresses import MAX_ADDRS_PER_PEER, believable, tcp_host, with_peer_id
-from .door import Door, HalfOpen, StreamBudget
+from .door import Door, StreamBudget
 from .lean import make_lean
 from .pnet import ProtectedConnection
 from .stream import is_ending
@@ -232,7 +232,7 @@ def build(
         resource_manager=resources,
         psk=network_key.hex() if network_key is not None else None,
         addrs_factory=lambda _listening: [Multiaddr(addr) for addr in own_addrs()],
-        # Outbound connections leave from chance ports: what others observe is of no use.
+        # It does not ask which connections left from the listening port: see `own_port`.
         disable_identify_address_discovery=True,
     )
     swarm = host.get_network()
@@ -249,7 +249,7 @@ def build(
     peerstore.remote_host = lambda peer_id: remote_host(swarm, peer_id)
     peerstore.is_kept = lambda peer: peer == host.get_id() or peer in swarm.connections
     guard_streams(swarm, door.streams)
-    guard_door(swarm, door.half_open)
+    guard_door(swarm, door)
     return host, swarm, peerstore
 
 
@@ -280,11 +280,12 @@ def guard_streams(swarm: Swarm, budget: StreamBudget) -> None:
     swarm.set_stream_handler(handle)
 
 
-def guard_door(swarm: Swarm, half_open: HalfOpen) -> None:
+def guard_door(swarm: Swarm, door: Door) -> None:
     """Let connections in: few that shake hands, and as many as there may be afterwards.
 
     py-libp2p's own way holds a place for each connection until the host ends.
     """
+    half_open = door.half_open
 
     async def let_in(carrier: ReadWriteCloser, maddr: Multiaddr) -> None:
         remote = carrier.get_remote_address()
@@ -296,11 +297,19 @@ def guard_door(swarm: Swarm, half_open: HalfOpen) -> None:
             )
             if number is None:
                 return
+            expected = door.expected.get(remote) if remote else None
+            muxed: IMuxedConn
             try:
-                if not await _has_spoken(carrier):
+                if expected is not None:  # it waits for us to speak
+                    ours = protected(swarm, RawConnection(carrier, True))
+                    peer_id = ID.from_string(expected)
+                    muxed = (await swarm.upgrade_outbound_raw_conn(ours, peer_id)).muxed_conn
+                elif not await _has_spoken(carrier):
                     return
-                half_open.spoke(number, trio.current_time())
-                muxed = await swarm.upgrade_inbound_raw_conn(RawConnection(carrier, False), maddr)
+                else:
+                    half_open.spoke(number, trio.current_time())
+                    theirs = RawConnection(carrier, False)
+                    muxed = await swarm.upgrade_inbound_raw_conn(theirs, maddr)
             except Exception as error:  # libp2p's layers each have their own kinds
                 log.debug("inbound connection from %s: %s", remote, error)
                 return

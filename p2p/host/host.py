@@ -12,6 +12,7 @@ Rules
 - TCP, Noise and yamux only. One connection per peer is enough; a second is not
   dialled while there is one.
 - Every wait has a deadline; no method hangs on a peer.
+- The first connections leave from the port that is listened on (`own_port`).
 - Dialling tries all addresses of a peer, each a little after the one before, and
   the first connection made ends the other attempts.
 - A remote's misbehaviour never stops the host: it costs its own connection.
@@ -57,6 +58,8 @@ from .addresses import (
 )
 from .dial import cause_of, interfaces, resolve, usable
 from .door import Door
+from .goodbye import end, end_all
+from .own_port import OwnPort
 from .stream import Errand, Stream
 
 __all__ = ["Handler", "Host", "Stream"]
@@ -77,9 +80,6 @@ CIRCUIT_STAGGER_S = 1.0
 
 STREAM_TIMEOUT_S = 10.0
 """Default time to open a stream, in seconds."""
-
-GOODBYE_S = 0.5
-"""Time to tell peers that a connection ends, in seconds; then it is cut."""
 
 CLOSE_TIMEOUT_S = 1.5
 """Time for closing the host, in seconds; then whatever is left is cut."""
@@ -130,6 +130,8 @@ class Host:
         Its public name.
     door : Door
         Who comes in, with counters.
+    own_port : OwnPort
+        For connections that leave from the listening port.
     """
 
     def __init__(
@@ -160,11 +162,13 @@ class Host:
             door=self.door,
             network_key=network_key,
         )
+        self.own_port = OwnPort(self._swarm)
+        self._connected_listeners: list[Callable[[str], None]] = []
         self._identified_listeners: list[Callable[[str], None]] = []
         self._circuits: tuple[str, ...] = ()
         self._dial_circuit: CircuitDialer | None = None
         self._peerstore.on_protocols = self._tell_identified
-        self._swarm.register_notifee(host_guard.Watcher(host_guard.set_socket_options))
+        self._swarm.register_notifee(host_guard.Watcher(self._tell_connected))
 
     # ---- life
 
@@ -190,7 +194,7 @@ class Host:
             conns = self._swarm.get_connections()
             with trio.CancelScope(shield=True):
                 with trio.move_on_after(CLOSE_TIMEOUT_S):
-                    await _close_all(conns)
+                    await end_all(conns)
                     await self._libp2p.close()
                 self._cut_what_is_left(conns)
         self._scope.cancel()
@@ -225,6 +229,7 @@ class Host:
         bound = [str(addr) for addr in self._libp2p.get_transport_addrs()]
         if len(bound) < len(self._listen):
             raise BadInput(f"cannot listen on {', '.join(self._listen)}")
+        self.own_port.listens_on(bound)
         self._bound = tuple(reached for addr in bound for reached in interfaces(addr))
         self._tell_addrs()
 
@@ -305,6 +310,15 @@ class Host:
             return frozenset(self._peerstore.get_protocols(_id(peer_id)))
         except PeerStoreError:
             return frozenset()
+
+    def on_connected(self, listener: Callable[[str], None]) -> None:
+        """Have `listener` called with the peer's id for each new connection."""
+        self._connected_listeners.append(listener)
+
+    def _tell_connected(self, conn: INetConn) -> None:
+        host_guard.set_socket_options(conn)
+        for listener in self._connected_listeners:
+            listener(str(conn.muxed_conn.peer_id))
 
     def on_identified(self, listener: Callable[[str], None]) -> None:
         """Have `listener` called with a peer's id once `protocols_of` it are known."""
@@ -410,7 +424,7 @@ class Host:
     async def disconnect(self, peer_id: str) -> None:
         """End all connections to a peer; its streams end with an error. Never raises."""
         conns = self._swarm.get_connections(_id(peer_id))
-        errands = [Errand(self._background(), lambda conn=conn: _end(conn)) for conn in conns]  # type: ignore[misc]
+        errands = [Errand(self._background(), lambda conn=conn: end(conn)) for conn in conns]  # type: ignore[misc]
         for errand in errands:
             await errand.wait()
 
@@ -460,7 +474,8 @@ class Host:
 
     async def _dial_one(self, addr: str, peer_id: ID) -> None:
         if not is_circuit(addr):
-            await self._swarm.dial_addr(Multiaddr(addr), peer_id)
+            if not await self.own_port.try_dial(addr, peer_id):
+                await self._swarm.dial_addr(Multiaddr(addr), peer_id)
         elif self._dial_circuit is not None:
             await self._dial_circuit(addr, str(peer_id))
         else:
@@ -574,21 +589,3 @@ def _id(peer_id: str) -> ID:
         return ID.from_string(peer_id)
     except ValueError as error:
         raise BadInput(f"not a peer id: {peer_id[:80]!r}") from error
-
-
-async def _close_all(conns: Iterable[INetConn]) -> None:
-    """Say goodbye to all peers at once: py-libp2p takes 0.2 s for each in turn."""
-    with trio.move_on_after(GOODBYE_S):
-        async with trio.open_nursery() as nursery:
-            for conn in conns:
-                nursery.start_soon(host_guard.closed_quietly, conn.close)
-            for conn in conns:
-                await host_guard.wait_gone(conn)
-            nursery.cancel_scope.cancel()  # only libp2p's own sleeping is left
-
-
-async def _end(conn: INetConn) -> None:
-    with trio.move_on_after(GOODBYE_S) as goodbye:
-        await host_guard.closed_quietly(conn.close)
-    if goodbye.cancelled_caught:
-        host_guard.cut(conn)

@@ -13,7 +13,10 @@ What it does not do: speak with the relay (`relay_client`).
 
 from __future__ import annotations
 
+import math
+
 import trio
+from libp2p.abc import INetConn
 from libp2p.connection_types import ConnectionType
 from libp2p.io.abc import ReadWriteCloser
 from libp2p.io.exceptions import ConnectionClosedError
@@ -24,6 +27,7 @@ from multiaddr import Multiaddr
 
 from tensorswarm.store.errors import NoSource, RemoteError
 
+from ..host import goodbye
 from ..host import guard as host_guard
 from ..host.addresses import CIRCUIT
 from ..host.host import Host
@@ -96,9 +100,8 @@ async def connect_through(host: Host, messages: MessageStream, peer_id: str) -> 
     try:
         with trio.fail_after(UPGRADE_TIMEOUT_S):
             swarm = _swarm(host)
-            await swarm.upgrade_outbound_raw_conn(
-                host_guard.protected(swarm, raw), ID.from_string(peer_id)
-            )
+            protected = host_guard.protected(swarm, raw)
+            _keep(await swarm.upgrade_outbound_raw_conn(protected, ID.from_string(peer_id)))
     except trio.TooSlowError as error:
         circuit.abort()
         raise NoSource(f"{peer_id} did not answer through the relay") from error
@@ -113,13 +116,15 @@ async def connect_through(host: Host, messages: MessageStream, peer_id: str) -> 
         raise
 
 
-async def accept_through(host: Host, messages: MessageStream) -> CircuitStream:
-    """Do the same on the side that is being connected to; says nothing of who it is.
+async def accept_through(host: Host, messages: MessageStream) -> tuple[CircuitStream, str]:
+    """Do the same on the side that is being connected to.
 
     Returns
     -------
     CircuitStream
         To be kept open until `closed`.
+    str
+        The peer at the other end.
 
     Raises
     ------
@@ -129,14 +134,36 @@ async def accept_through(host: Host, messages: MessageStream) -> CircuitStream:
     circuit = CircuitStream(messages)
     raw = _raw(circuit, initiator=False, relay=messages.stream.peer_id)
     try:
-        await _swarm(host).upgrade_inbound_raw_conn(raw, Multiaddr(CIRCUIT))
+        swarm = _swarm(host)
+        muxed = await swarm.upgrade_inbound_raw_conn(raw, Multiaddr(CIRCUIT))
+        for conn in swarm.connections.get(muxed.peer_id, ()):
+            if conn.muxed_conn is muxed:
+                _keep(conn)
     except Exception as error:
         circuit.abort()
         raise NoSource(f"the handshake through the relay failed: {error}") from error
     except BaseException:
         circuit.abort()
         raise
-    return circuit
+    return circuit, str(muxed.peer_id)
+
+
+async def leave(host: Host, peer_id: str) -> None:
+    """End the connections to a peer that lead through a relay, if there is a direct one."""
+    if host.is_relayed(peer_id):
+        return
+    for conn in list(_swarm(host).connections.get(ID.from_string(peer_id), ())):
+        if host_guard.socket_of(conn) is None:
+            await goodbye.end(conn)
+
+
+def _keep(conn: INetConn) -> None:
+    """Keep py-libp2p from closing a circuit as soon as the peer is connected directly, too.
+
+    Of two connections it closes the older one when its age is above a limit; what is under
+    way in the circuit would be lost. `leave` closes it in its time.
+    """
+    vars(conn)["_created_at"] = math.inf
 
 
 def _raw(circuit: CircuitStream, *, initiator: bool, relay: str) -> RawConnection:

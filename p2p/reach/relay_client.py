@@ -72,12 +72,20 @@ class RelayClient:
         Ours. It dials circuit addresses through this from now on.
     clock : callable, optional
         Seconds since 1970.
+
+    Attributes
+    ----------
+    dialled, taken_in : list of callables
+        Hear, by peer id, of each connection through a relay: of those that we made, and of
+        those that peers made to us.
     """
 
     def __init__(self, host: Host, *, clock: Callable[[], float] = time.time) -> None:
         self._host = host
         self._clock = clock
         self._reserved: set[str] = set()
+        self.dialled: list[Callable[[str], object]] = []
+        self.taken_in: list[Callable[[str], object]] = []
         host.set_circuit_dialer(self.dial)
         host.set_handler(STOP_PROTOCOL, self._take_in)
 
@@ -133,6 +141,8 @@ class RelayClient:
             stream.abort()
             raise
         await connect_through(self._host, messages, peer_id)
+        for listener in self.dialled:
+            listener(peer_id)
 
     async def _reach(self, relay: PeerAddress) -> None:
         await self._host.connect_peer(relay)
@@ -151,7 +161,9 @@ class RelayClient:
             )
             return
         await messages.write(StopMessage(type=StopMessage.STATUS, status=Status.OK))
-        circuit = await accept_through(self._host, messages)
+        circuit, peer_id = await accept_through(self._host, messages)
+        for listener in self.taken_in:
+            listener(peer_id)
         await circuit.closed.wait()
 
 

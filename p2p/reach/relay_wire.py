@@ -60,11 +60,7 @@ class MessageStream:
         NoSource
             It did not come whole and in time.
         """
-        try:
-            with trio.fail_after(MESSAGE_TIMEOUT_S):
-                data = await self._read_delimited()
-        except trio.TooSlowError as error:
-            raise NoSource(f"{self.stream.peer_id} sent no {kind.__name__} in time") from error
+        data = await self.read_bytes(kind.__name__)
         message = kind()
         try:
             message.ParseFromString(data)
@@ -80,7 +76,18 @@ class MessageStream:
         NoSource
             The peer does not take it.
         """
-        data = message.SerializeToString()
+        await self.write_bytes(message.SerializeToString())
+
+    async def read_bytes(self, what: str) -> bytes:
+        """Read one message as it is; `what` it should be is for errors."""
+        try:
+            with trio.fail_after(MESSAGE_TIMEOUT_S):
+                return await self._read_delimited()
+        except trio.TooSlowError as error:
+            raise NoSource(f"{self.stream.peer_id} sent no {what} in time") from error
+
+    async def write_bytes(self, data: bytes) -> None:
+        """Send one message as it is."""
         try:
             with trio.fail_after(MESSAGE_TIMEOUT_S):
                 await self.stream.send(_varint(len(data)) + data)

@@ -214,13 +214,14 @@ def peers(args: argparse.Namespace, output: Output) -> int:
             [
                 peer["peer_id"],
                 peer["agent"],
+                peer["via"],
                 f"{peer['rtt_ms']:.1f}",
                 human_bytes(peer["bytes_held"]) if ref else "-",
                 peer["addrs"][0] if peer["addrs"] else "-",
             ]
             for peer in found
         ]
-        output.table(["peer", "agent", "ms ", "holds ", "address"], rows)
+        output.table(["peer", "agent", "way", "ms ", "holds ", "address"], rows)
         output.say(f"others can dial this node: {document['reachability']}")
         for relay in document["relays"]:
             output.say(f"reachable through relay {relay}")
