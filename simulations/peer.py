@@ -338,19 +338,21 @@ class SimulatedPeer:
         if message.request_id:  # a new neighbour: there may be an offer to make
             self.world.engine.after(0.0, self._begin_serving)
         for entry in message.entries:
-            bitmap = entry.bitmap
-            mask = self.world.everything if bitmap is None else int.from_bytes(bitmap, "little")
-            known.mask |= mask
-            peer, planner = known.peer, self.planner
-            if not peer.wants & ~known.mask:
-                self.membership.finished(peer.name)
-                self._roster_changed()
-            if known.is_served and self.slots.peer_has(peer.name, mask):
-                self._begin_serving()
-            if planner is not None and self.finished_at is None:
-                planner.source_holds(self.world.engine.now, peer.name, 0, bitmap)
-                if self._acting_at is None and planner.has_news:
-                    self.act_soon()
+            self.holds(known, entry.bitmap, self.world.mask(entry.bitmap))
+
+    def holds(self, known: Known, bitmap: bytes | None, mask: int) -> None:
+        """Note what a neighbour has, said as the bitmap of a message and as a set."""
+        peer, planner = known.peer, self.planner
+        known.mask |= mask
+        if not peer.wants & ~known.mask:
+            self.membership.finished(peer.name)
+            self._roster_changed()
+        if known.is_served and self.slots.peer_has(peer.name, mask):
+            self._begin_serving()
+        if planner is not None and self.finished_at is None:
+            planner.source_holds(self.world.engine.now, peer.name, 0, bitmap)
+            if self._acting_at is None and planner.has_news:
+                self.act_soon()
 
     def _tell(self) -> None:
         """Tell neighbours what is new, in one message for all that came meanwhile."""
@@ -358,7 +360,7 @@ class SimulatedPeer:
         self._told_at = self.world.engine.now
         others = [known.peer for known in self.neighbours.values()]
         if others and self.is_present:
-            self.world.deliver(self, others, wire.Have(0, self._entries(), last=True))
+            self.world.tell(self, others, wire.Have(0, self._entries(), last=True))
 
     # ---- fetching
 

@@ -237,6 +237,10 @@ class World:
         """Return a set of chunks as the bitmap of a have-message."""
         return mask.to_bytes((self.setup.chunks + 7) // 8, "little")
 
+    def mask(self, bitmap: bytes | None) -> int:
+        """Return the bitmap of a have-message as a set of chunks."""
+        return self.everything if bitmap is None else int.from_bytes(bitmap, "little")
+
     # ---- who reaches whom
 
     def discover(self, peer: SimulatedPeer, count: int) -> list[str]:
@@ -314,17 +318,16 @@ class World:
 
     def framed(self, message: wire.Message) -> wire.Message:
         """Return what a receiver makes of a message's frame; equal ones are read once."""
-        if isinstance(message, wire.Have) and not message.request_id:  # seldom the same twice
-            return self._read(message)
         received = self._framed.get(message)
         if received is None:
-            received = self._read(message)
+            received = self.read(message)
             if len(self._framed) >= MAX_FRAMED:
                 self._framed.clear()
             self._framed[message] = received
         return received
 
-    def _read(self, message: wire.Message) -> wire.Message:
+    def read(self, message: wire.Message) -> wire.Message:
+        """Return what a receiver makes of a message's frame."""
         self._reader.feed(wire.encode(message))
         received = self._reader.next_message()
         assert received is not None
@@ -336,6 +339,27 @@ class World:
     ) -> None:
         for receiver in receivers:
             receiver.receive(sender, message)
+
+    def tell(
+        self, sender: SimulatedPeer, receivers: Sequence[SimulatedPeer], message: wire.Have
+    ) -> None:
+        """Send news, of which seldom two are alike; what they name is made out once."""
+        received = self.read(message)
+        assert isinstance(received, wire.Have)
+        for entry in received.entries:
+            self.engine.after(
+                self.setup.latency_s,
+                *(self._heard, sender.name, receivers, entry.bitmap, self.mask(entry.bitmap)),
+            )
+
+    @staticmethod
+    def _heard(
+        sender: str, receivers: Sequence[SimulatedPeer], bitmap: bytes | None, mask: int
+    ) -> None:
+        for receiver in receivers:
+            known = receiver.neighbours.get(sender)
+            if known is not None:
+                receiver.holds(known, bitmap, mask)
 
     def transfer(
         self,

@@ -185,15 +185,15 @@ class ChunkMap:
         None names all of them. Bits beyond the object's end are ignored, and
         bits that a short bitmap lacks count as unset.
         """
-        count = chunk_count(self._size_of(object_index))
+        count = (self._size_of(object_index) + CHUNK_SIZE - 1) // CHUNK_SIZE
         first = self._first[object_index]
-        offset = first % BLOCK_CHUNKS
+        block, offset = divmod(first, BLOCK_CHUNKS)
         if offset + count > BLOCK_CHUNKS:
             return self._spread_far(first, count, bitmap)
         mask = (1 << count) - 1
         if bitmap is not None:
             mask &= int.from_bytes(bitmap[: (count + 7) // 8], "little")
-        return ((first // BLOCK_CHUNKS, mask << offset),) if mask else ()
+        return ((block, mask << offset),) if mask else ()
 
     def _spread_far(
         self, first: int, count: int, bitmap: bytes | None

@@ -52,6 +52,11 @@ class Crowd:
         Our part in fetching from origins.
     limits : PlannerLimits
         The numbers.
+
+    Attributes
+    ----------
+    is_here : bool
+        Whether there is anybody else.
     """
 
     def __init__(
@@ -69,6 +74,7 @@ class Crowd:
         self._endgame = endgame
         self._duty = duty
         self._limits = limits
+        self.is_here = False
         self._since = 0.0
         self._moved_at: float | None = None
         self._heard_at: float | None = None
@@ -79,11 +85,6 @@ class Crowd:
         self._was_last_call = False
 
     @property
-    def is_here(self) -> bool:
-        """Whether there is anybody else."""
-        return self._duty.is_shared
-
-    @property
     def steps(self) -> int:
         """Elementary steps of origin duty so far."""
         return self._duty.steps
@@ -92,6 +93,7 @@ class Crowd:
         """Note who else is there."""
         was_here = self.is_here
         self._duty.set_members(key, me, others)
+        self.is_here = self._duty.is_shared
         if not was_here:
             self._since = now
             self._latest.clear()
@@ -120,7 +122,7 @@ class Crowd:
 
         Returns whether it has shown no life before.
         """
-        is_first = self._is_first()
+        is_first = self._heard_at is None and self._moved_at is None
         self._heard_at = now
         return is_first
 

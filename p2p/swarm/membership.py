@@ -20,6 +20,7 @@ import math
 import random
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 
 from .origin_duty import rank_of
@@ -51,6 +52,12 @@ class MembershipLimits:
     """Members believed on one neighbour's word: half of the table."""
 
 
+@lru_cache(maxsize=1 << 14)
+def _place_of(key: bytes, name: str) -> tuple[int, str]:
+    """Return what members of a swarm are sorted by; one object for all who look at it."""
+    return -rank_of(key, name), name
+
+
 class Membership:
     """The members of one swarm as one node sees them.
 
@@ -73,6 +80,7 @@ class Membership:
         self.me = me
         self.limits = limits or MembershipLimits()
         self._rng = rng
+        self._my_place = _place_of(key, me)
         self._met: dict[str, None] = {}
         self._hearsay: dict[str, tuple[float, str]] = {}
         self._tellers: dict[str, int] = {}
@@ -109,10 +117,13 @@ class Membership:
         """Note members that a neighbour, or discovery, names."""
         limits, hearsay = self.limits, self._hearsay
         self._stale_at = min(self._stale_at, now + limits.hearsay_s)
+        told = (now, teller)
+        fresh_since = now - limits.hearsay_s / 8  # not worth noting again, often and by all
         for name in names:
             known = hearsay.get(name)
             if known is not None:
-                hearsay[name] = (now, known[1])
+                if known[0] < fresh_since:
+                    hearsay[name] = (now, known[1])
             elif (
                 name == self.me
                 or name in self._met
@@ -124,13 +135,13 @@ class Membership:
                 len(hearsay) < limits.max_members
                 and self._tellers.get(teller, 0) < limits.max_hearsay_per_teller
             ):
-                hearsay[name] = (now, teller)
+                hearsay[name] = told
                 self._tellers[teller] = self._tellers.get(teller, 0) + 1
                 bisect.insort(self._ranked, self._place(name))
 
     def _place(self, name: str) -> tuple[int, str]:
         """Return what members are sorted by."""
-        return -rank_of(self.key, name), name
+        return _place_of(self.key, name)
 
     def _forget_met(self, name: str) -> None:
         self._finished.pop(name, None)
@@ -181,21 +192,29 @@ class Membership:
         """
         limits = self.limits
         self._forget_stale(now)
-        others = [name for _, name in self._ranked]
-        if len(others) <= limits.exchange:
-            return others
-        first = others[: limits.exchange_first]
-        return first + self._rng.sample(
-            others[limits.exchange_first :], limits.exchange - len(first)
-        )
+        ranked, first = self._ranked, limits.exchange_first
+        if len(ranked) <= limits.exchange:
+            return [name for _, name in ranked]
+        places = self._rng.sample(range(first, len(ranked)), limits.exchange - first)
+        return [name for _, name in (*ranked[:first], *[ranked[place] for place in places])]
 
     # whom to keep
 
     def _first(self, now: float) -> list[str]:
         """Return the first members by rank if we are one of them."""
-        count = self.limits.on_duty
-        ranked = sorted([self.me, *islice(self.on_call(now), count)], key=self._place)
-        return ranked[:count] if self.me in ranked[:count] else []
+        self._forget_stale(now)
+        count, mine = self.limits.on_duty, self._my_place
+        first: list[str] = []
+        for place in self._ranked:
+            if place > mine:
+                break
+            if place[1] not in self._finished:
+                first.append(place[1])
+                if len(first) == count:
+                    return []
+        behind = islice(self._ranked, bisect.bisect(self._ranked, mine), None)
+        others = (name for _, name in behind if name not in self._finished)
+        return [*first, self.me, *islice(others, count - len(first) - 1)]
 
     def to_dial(
         self, now: float, neighbours: Collection[str], dialled: Collection[str]

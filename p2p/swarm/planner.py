@@ -203,16 +203,18 @@ class Planner(PlannerView):
 
     def _hold(self, now: float, state: SourceState, held: Iterable[tuple[int, int]]) -> None:
         is_work = False
+        known, proved = state.held, self._chunks.proved
         for block, mask in held:
-            is_work |= state.gain(self._chunks, block, mask)
+            if mask & ~(known[block] | proved[block]):
+                is_work |= state.gain(self._chunks, block, mask)
         if state.record.refused_positions:
             state.bar_refused(self._chunks)
         if is_work and self._crowd.heard(now):
             self._ask_origins()
         if is_work and not self._crowd.awaits_offer(state):
             self._make_hungry(state)
-        else:
-            self._stir(state)
+        elif state.parked_until is None:
+            self._hungry[state.name] = None
 
     def source_holds_all(self, now: float, source: str) -> None:
         """Note that a source holds every wanted object."""
@@ -503,7 +505,8 @@ class Planner(PlannerView):
         if now >= self._relook_at:
             self._wake(now)
         hungry = [self._sources[name] for name in self._hungry]
-        hungry.sort(key=lambda state: -(state.rate.bytes_per_s or 0.0))
+        if len(hungry) > 1:
+            hungry.sort(key=lambda state: -(state.rate.bytes_per_s or 0.0))
         self._hungry.clear()
         while hungry and self._chunks.missing_chunks:
             hungry = [state for state in hungry if self._feed(now, state)]
@@ -525,11 +528,13 @@ class Planner(PlannerView):
 
     def _feed(self, now: float, state: SourceState) -> bool:
         """Give a source one more request; return whether it might take another."""
-        room_bytes = self._room_bytes(state)
+        if self._crowd.is_here:
+            room_bytes = self._crowd.room_bytes(state, len(self._sources))
+            return bool(room_bytes) and self._feed_in_crowd(now, state, room_bytes)
+        free_bytes, total_rate = self._chunks.free_bytes, self._flights.total_rate
+        room_bytes = portions.room_bytes(state, free_bytes, total_rate, self.limits)
         if not room_bytes:
             return False
-        if self._crowd.is_here:
-            return self._feed_in_crowd(now, state, room_bytes)
         if self._endgame.should_wait(now, state):
             self._park(now, state)
             return False
@@ -548,13 +553,6 @@ class Planner(PlannerView):
     def _ask(self, now: float, state: SourceState, draft: Draft) -> None:
         self._outbox.append(Ask(self._flights.open(now, state, draft)))
         self._check_at = min(self._check_at, now + self.limits.stall_s)
-
-    def _room_bytes(self, state: SourceState) -> int:
-        """Return how much the next request to a source may hold; 0 for no request."""
-        if self._crowd.is_here:
-            return self._crowd.room_bytes(state, len(self._sources))
-        free_bytes, total_rate = self._chunks.free_bytes, self._flights.total_rate
-        return portions.room_bytes(state, free_bytes, total_rate, self.limits)
 
     def _feed_in_crowd(self, now: float, state: SourceState, room_bytes: int) -> bool:
         choice = self._crowd.choose(now, state, room_bytes)

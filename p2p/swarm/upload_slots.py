@@ -90,10 +90,11 @@ class UploadSlots:
         self._is_rarest_first = is_rarest_first
         self._is_eager = is_eager
         self._peers: dict[str, int] = {}
-        self._known: int | None = 0  # what any of them holds; None when it is to be found out
+        self._known = 0  # what any of them holds; -1 when that is to be found out
         self._offered: dict[str, tuple[int, float]] = {}  # those that lapse first, first
         self._passed: dict[str, float] = {}  # until when each is left alone
         self._passed_until = math.inf  # the first of these
+        self._due_at = math.inf  # nothing lapses before
         self._waiting: dict[tuple[str, int], Waiting] = {}
         self._per_peer: Counter[str] = Counter()
         self.active: dict[tuple[str, int], Waiting] = {}
@@ -108,8 +109,7 @@ class UploadSlots:
         """
         held |= self._peers.get(peer, 0)
         self._peers[peer] = held
-        if self._known is not None:
-            self._known |= held
+        self._known |= held
         return (
             peer in self._offered
             and not self.held & ~held
@@ -119,12 +119,12 @@ class UploadSlots:
     def set_peer(self, peer: str, held: int) -> None:
         """Note all that a neighbour holds or does not want, in place of what was noted."""
         self._peers[peer] = held
-        self._known = None
+        self._known = -1
 
     def forget(self, peer: str) -> list[Waiting]:
         """Forget a neighbour that has gone; return those of its requests being served."""
         if self._peers.pop(peer, 0):
-            self._known = None
+            self._known = -1
         self._offered.pop(peer, None)
         if self._passed.pop(peer, None) is not None:
             self._passed_until = min(self._passed.values(), default=math.inf)
@@ -136,7 +136,8 @@ class UploadSlots:
 
     def offers(self, now: float) -> list[tuple[str, int]]:
         """Return the offers to make now: neighbour and position."""
-        self._settle(now)
+        if self._due_at <= now:
+            self._settle(now)
         made: list[tuple[str, int]] = []
         while True:
             spare = self._slots + self.ahead
@@ -150,6 +151,7 @@ class UploadSlots:
                 break
             made.append(choice)
             self._offered[choice[0]] = choice[1], now + OFFER_S
+            self._due_at = min(self._due_at, now + OFFER_S)
         return made
 
     def _settle(self, now: float) -> None:
@@ -163,21 +165,27 @@ class UploadSlots:
         if self._passed_until <= now:
             self._passed = {peer: until for peer, until in self._passed.items() if until > now}
             self._passed_until = min(self._passed.values(), default=math.inf)
+        self._due_at = self._passed_until
+        for _, until in self._offered.values():
+            self._due_at = min(self._due_at, until)
+            break
 
     def _leave_alone(self, peer: str, until: float) -> None:
         self._passed[peer] = until
         self._passed_until = min(self._passed_until, until)
+        self._due_at = min(self._due_at, until)
 
     def next_deadline(self, now: float) -> float:
         """Return when to look for offers again if nothing happens before."""
-        self._settle(now)
+        if self._due_at <= now:
+            self._settle(now)
         for _, until in self._offered.values():
             return min(until, self._passed_until)
         return self._passed_until
 
     def _has_fresh(self) -> bool:
         """Tell whether we hold something that no neighbour has or is about to get from us."""
-        if self._known is None:
+        if self._known < 0:
             self._known = 0
             for has in self._peers.values():
                 self._known |= has
@@ -293,8 +301,7 @@ class UploadSlots:
         done = self.active.pop((peer, ticket), None)
         if done is not None and peer in self._peers:
             self._peers[peer] |= 1 << done.chunk  # it will say so itself a moment later
-            if self._known is not None:
-                self._known |= 1 << done.chunk
+            self._known |= 1 << done.chunk
 
     def _left(self, peer: str) -> None:
         self._per_peer[peer] -= 1
