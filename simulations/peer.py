@@ -177,15 +177,15 @@ class SimulatedPeer:
         if not self.is_present:
             return
         now, setup = self.world.engine.now, self.world.setup
+        age_s = now - self.nature.starts_at
+        is_young = age_s < 4 * setup.exchange_soon_s
         self._dial()
         if self.nature.is_honest:
             asked = len(self.neighbours)
             if not self.membership.is_on_duty(now):
-                asked = min(setup.exchange_asked, asked)
+                asked = min(setup.exchange_asked if is_young else 1, asked)
             for name in self.rng.sample(list(self.neighbours), asked):
                 self.send(self.neighbours[name].peer, wire.GetPeers(1, self.world.key))
-        age_s = now - self.nature.starts_at
-        is_young = age_s < 4 * setup.exchange_soon_s
         if not is_young:
             self._discover()
         if now > self.nature.starts_at + setup.exchange_s:
@@ -301,7 +301,8 @@ class SimulatedPeer:
     def _asked_whom_it_knows(self, known: Known, message: wire.GetPeers) -> None:
         now = self.world.engine.now
         if now >= self._answer_until:
-            self._answer_until = now + self.world.setup.exchange_soon_s
+            age_s = now - self.nature.starts_at
+            self._answer_until = now + max(self.world.setup.exchange_soon_s, age_s / 8)
             names = self.membership.to_tell(now)
             entries = tuple([wire.PeerEntry(name, ("/sim",)) for name in names])
             self._answer = wire.Peers(message.request_id, entries)
@@ -388,7 +389,7 @@ class SimulatedPeer:
             elif isinstance(action, PassOn):
                 known = self.neighbours.get(action.source)
                 if known is not None:
-                    self.send(known.peer, wire.Pass(world.digest))
+                    world.pass_on(self, known.peer, world.passed)
             else:
                 self._drop(action)
         deadline = planner.next_deadline(now)
@@ -526,7 +527,7 @@ class SimulatedPeer:
             self._serve(self.serving[waiting.peer, waiting.ticket])
         now = self.world.engine.now
         for name, chunk in self.slots.offers(now):
-            self.send(self.neighbours[name].peer, wire.Offer(self.world.digest, chunk))
+            self.world.pass_on(self, self.neighbours[name].peer, self.world.offer_of(chunk))
         deadline = self.slots.next_deadline(now)
         if deadline < self._offers_at:
             self._offers_at = deadline

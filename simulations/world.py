@@ -63,7 +63,7 @@ class Setup:
         Pauses between rounds of peer exchange: the shortest, and the longest. They grow
         with a node's age.
     exchange_asked : int
-        Neighbours asked in each round; who is on duty asks all.
+        Neighbours asked in each of the first rounds, later one; who is on duty asks all.
     roster_s : float
         Time until the planner hears of a change of members.
     discovered : int
@@ -176,6 +176,8 @@ class World:
         self._wakes: dict[str, float] = {}
         self._reader = wire.FrameReader()
         self._framed: dict[wire.Message, wire.Message] = {}
+        self._offers: dict[int, wire.Message] = {}
+        self.passed = self.read(wire.Pass(self.digest))
         self._in_transit: deque[tuple[float, Transfer]] = deque()
         self._is_watching = False
         for peer in self.peers:
@@ -315,6 +317,19 @@ class World:
         self.engine.after(
             self.setup.latency_s, self._arrive, sender, receivers, self.framed(message)
         )
+
+    def pass_on(
+        self, sender: SimulatedPeer, receiver: SimulatedPeer, received: wire.Message
+    ) -> None:
+        """Send what a frame says, once it was read."""
+        self.engine.after(self.setup.latency_s, receiver.receive, sender, received)
+
+    def offer_of(self, chunk: int) -> wire.Message:
+        """Return the offer of a chunk, as its frame says it."""
+        offer = self._offers.get(chunk)
+        if offer is None:
+            offer = self._offers[chunk] = self.read(wire.Offer(self.digest, chunk))
+        return offer
 
     def framed(self, message: wire.Message) -> wire.Message:
         """Return what a receiver makes of a message's frame; equal ones are read once."""

@@ -47,9 +47,14 @@ class MembershipLimits:
     retry_s: float = 10.0
     """How long a member is not tried again that could not be reached, or that left."""
     max_members: int = 512
-    """Members remembered: enough for ranks to agree, small beside the download itself."""
+    """Members remembered: small beside the download itself. When it is full, only the first
+    by rank are let in, so that ranks agree in a swarm of any size."""
     max_hearsay_per_teller: int = 256
     """Members believed on one neighbour's word: half of the table."""
+
+
+RENEWED = 1 / 8
+"""Part of `hearsay_s` after which it is noted that a member was named again."""
 
 
 @lru_cache(maxsize=1 << 14)
@@ -118,26 +123,32 @@ class Membership:
         limits, hearsay = self.limits, self._hearsay
         self._stale_at = min(self._stale_at, now + limits.hearsay_s)
         told = (now, teller)
-        fresh_since = now - limits.hearsay_s / 8  # not worth noting again, often and by all
-        for name in names:
-            known = hearsay.get(name)
-            if known is not None:
-                if known[0] < fresh_since:
-                    hearsay[name] = (now, known[1])
-            elif (
-                name == self.me
-                or name in self._met
-                or name in self._failed
-                and now < self._failed[name] + limits.retry_s
-            ):
+        # What was said of late is not worth noting again: it is said often and by all.
+        if now + limits.hearsay_s * (1 - RENEWED) > self._stale_at:
+            names = list(names)
+            renewed = [(name, hearsay[name][1]) for name in names if name in hearsay]
+            hearsay.update({name: (now, first_teller) for name, first_teller in renewed})
+        met, failed = self._met, self._failed
+        for name in [name for name in names if name not in hearsay and name not in met]:
+            if name == self.me or name in failed and now < failed[name] + limits.retry_s:
                 continue
-            elif (
-                len(hearsay) < limits.max_members
-                and self._tellers.get(teller, 0) < limits.max_hearsay_per_teller
-            ):
+            if self._tellers.get(teller, 0) >= limits.max_hearsay_per_teller:
+                break
+            if len(hearsay) < limits.max_members or self._make_room(name):
                 hearsay[name] = told
                 self._tellers[teller] = self._tellers.get(teller, 0) + 1
                 bisect.insort(self._ranked, self._place(name))
+
+    def _make_room(self, name: str) -> bool:
+        """Forget hearsay for somebody who ranks among the first: all must know these."""
+        first = self.limits.exchange_first
+        if len(self._ranked) <= first or self._place(name) > self._ranked[first]:
+            return False
+        for _, last in reversed(self._ranked):
+            if last in self._hearsay:
+                self._forget_hearsay(last)
+                return True
+        return False
 
     def _place(self, name: str) -> tuple[int, str]:
         """Return what members are sorted by."""

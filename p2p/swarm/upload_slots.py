@@ -142,7 +142,7 @@ class UploadSlots:
         while True:
             spare = self._slots + self.ahead
             spare -= len(self._offered) + len(self._waiting) + len(self.active)
-            if self._is_eager and spare > -2:
+            if self._is_eager and -2 < spare <= 0:
                 spare += (not self.active and not self._waiting) + self._has_fresh()
             if spare <= 0:
                 break
@@ -239,22 +239,17 @@ class UploadSlots:
         """Return those candidates that the fewest neighbours have, or get from us."""
         if not candidates or not self._is_rarest_first:
             return candidates
-        planes: list[int] = [0]
-        for has in self._peers.values():
-            mask = has & candidates
-            if mask:
-                carry = planes[0] & mask
-                planes[0] ^= mask
-                if carry:
-                    _carry(planes, carry)
-        taken = [1 << each.chunk for each in (*self.active.values(), *self._waiting.values())]
-        taken += [1 << chunk for chunk, _ in self._offered.values()]
-        for bit in taken:
-            if bit & candidates:
-                carry = planes[0] & bit
-                planes[0] ^= bit
-                if carry:
-                    _carry(planes, carry)
+        masks = [*self._peers.values()]
+        masks += [1 << each.chunk for each in (*self.active.values(), *self._waiting.values())]
+        masks += [1 << chunk for chunk, _ in self._offered.values()]
+        planes = [0] * len(masks).bit_length()  # plane i holds bit i of each position's count
+        for mask in masks:
+            i, carry = 0, mask & candidates
+            while carry:
+                plane = planes[i]
+                planes[i] = plane ^ carry
+                carry &= plane
+                i += 1
         for plane in reversed(planes):
             candidates = candidates & ~plane or candidates
         return candidates
@@ -307,17 +302,6 @@ class UploadSlots:
         self._per_peer[peer] -= 1
         if not self._per_peer[peer]:
             del self._per_peer[peer]
-
-
-def _carry(planes: list[int], mask: int) -> None:
-    """Add two to the counts of some positions, kept as bit planes."""
-    for i in range(1, len(planes)):
-        plane = planes[i]
-        planes[i] = plane ^ mask
-        mask &= plane
-        if not mask:
-            return
-    planes.append(mask)
 
 
 def _random_bit(mask: int, rng: random.Random) -> int:
