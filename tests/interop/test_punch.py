@@ -63,13 +63,13 @@ class Scene:
 
 @asynccontextmanager
 async def scene(
-    listen: str | None = HERE, innermost: Scope = Scope.LOOPBACK
+    listen: str | None = HERE, innermost: Scope = Scope.LOOPBACK, key: bytes | None = None
 ) -> AsyncIterator[Scene]:
     listening = [listen] if listen else []
     async with (
-        Host(listen=[HERE]) as relay,
-        Host(listen=[HERE]) as hidden,
-        Host(listen=listening) as other,
+        Host(listen=[HERE], network_key=key) as relay,
+        Host(listen=[HERE], network_key=key) as hidden,
+        Host(listen=listening, network_key=key) as other,
     ):
         await hidden.connect(relay.addrs()[0])
         yield Scene(relay, hidden, other, innermost)
@@ -82,11 +82,14 @@ async def settled(puncher: Puncher, peer_id: str) -> None:
     await event.wait()
 
 
-def test_a_relayed_connection_becomes_a_direct_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("key", [None, bytes(range(32))], ids=["public", "private network"])
+def test_a_relayed_connection_becomes_a_direct_one(
+    monkeypatch: pytest.MonkeyPatch, key: bytes | None
+) -> None:
     monkeypatch.setattr(punch, "RELAY_GRACE_S", 0.0)
 
     async def main() -> None:
-        async with scene() as it:
+        async with scene(key=key) as it:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(settled, it.hidden_puncher, it.other.peer_id)
                 nursery.start_soon(settled, it.puncher, it.hidden.peer_id)
@@ -130,11 +133,15 @@ def test_who_listens_nowhere_stays_behind_the_relay() -> None:
     run(main)
 
 
-def test_the_client_speaks_first_though_it_was_dialled() -> None:
+@pytest.mark.parametrize("key", [None, bytes(range(32))], ids=["public", "private network"])
+def test_the_client_speaks_first_though_it_was_dialled(key: bytes | None) -> None:
     """The server's dial may arrive before the client's has left, and at its listening port."""
 
     async def main() -> None:
-        async with Host(listen=[HERE]) as client, Host(listen=[HERE]) as server:
+        async with (
+            Host(listen=[HERE], network_key=key) as client,
+            Host(listen=[HERE], network_key=key) as server,
+        ):
             place = client.advertised_addrs()[0]
             client.door.expected[tcp_host(server.advertised_addrs()[0])] = server.peer_id
             raw = await server.own_port.connect(place)

@@ -57,9 +57,16 @@ class FakeHost:
 
     def __init__(self) -> None:
         self.accept: Callable[[str, Stream], Awaitable[None]]
+        self.opened: list[trio.abc.Stream] = []
 
     def set_handler(self, _protocol: str, handler: Callable[[str, Stream], Any]) -> None:
         self.accept = handler
+
+    async def open_stream(self, _peer_id: str, _protocol: str, _timeout_s: float) -> MemoryStream:
+        """Open a stream to a peer; its end is left for `World.taken_in`."""
+        here, there = memory_stream_pair()
+        self.opened.append(there)
+        return MemoryStream(here)
 
 
 class Heard:
@@ -105,6 +112,22 @@ class World:
         self._nursery.start_soon(self.host.accept, peer_id, cast(Stream, self.latest))
         end = Neighbour(ME, cast(Stream, MemoryStream(there)), self.answers, self.heard)
         await end.greet(hello())
+        self._nursery.start_soon(end.run)
+        return end
+
+    async def taken_in(self, meeting: Awaitable[object]) -> Neighbour:
+        """Let us open a stream to the peer; returns its end, in use."""
+
+        async def meet() -> None:
+            await meeting
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(meet)
+            while not self.host.opened:
+                await trio.lowlevel.checkpoint()
+            stream = MemoryStream(self.host.opened.pop())
+            end = Neighbour(ME, cast(Stream, stream), self.answers, self.heard)
+            await end.greet(hello())
         self._nursery.start_soon(end.run)
         return end
 

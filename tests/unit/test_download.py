@@ -126,13 +126,18 @@ def serving(store: Store) -> Iterator[tuple[BulkServer, list[bytes]]]:
 
 
 def download_of(
-    store: Store, incoming: Sequence[Incoming], neighbours: FakeNeighbours, *servers: BulkServer
+    store: Store,
+    incoming: Sequence[Incoming],
+    neighbours: FakeNeighbours,
+    *servers: BulkServer,
+    routes: Routes | None = None,
 ) -> Download:
-    """Return a download that finds every peer at these servers."""
+    """Return a download that finds every peer at these servers, unless it has other routes."""
     download = Download(
         store.wanted_of(incoming),
         neighbours=cast(Neighbours, neighbours),
-        routes=Routes(
+        routes=routes
+        or Routes(
             identity(1),
             lambda peer_id: [server.address for server in servers] or [("127.0.0.1", 9)],
             no_stream,
@@ -267,6 +272,109 @@ def test_an_entry_replaces_what_the_peer_said_before(stores: tuple[Store, Store]
         download.close()
 
     trio.run(main)
+
+
+# ---- peers behind a relay
+
+
+@dataclass
+class Relayed:
+    """The ways to a peer that is behind a relay at first, and held back until `held_until`."""
+
+    server: BulkServer
+    is_relayed: bool = True
+    held_until: float = 0.0
+    opened: trio.Event = field(default_factory=trio.Event)
+
+    async def open_stream(self, _peer_id: str) -> Stream:
+        self.opened.set()
+        await trio.sleep_forever()
+        raise AssertionError("nobody wakes it")
+
+    def routes(self) -> Routes:
+        return Routes(
+            identity(1),
+            lambda _peer_id: [] if self.is_relayed else [self.server.address],
+            self.open_stream,
+            trio.lowlevel.spawn_system_task,
+            is_relayed=lambda _peer_id: self.is_relayed,
+            held_until=lambda _peer_id: self.held_until,
+        )
+
+
+def test_bytes_wait_for_a_direct_connection_to_who_is_behind_a_relay(
+    stores: tuple[Store, Store],
+) -> None:
+    ours, theirs = stores
+    receive_all(theirs, DATA)
+
+    async def main() -> None:
+        way = Relayed(server, held_until=trio.current_time() + DEADLINE_S)
+        neighbours, routes = FakeNeighbours(), way.routes()
+        download = download_of(ours, [begin(ours, DATA)], neighbours, routes=routes)
+        download.search_is_over = True  # what is held back is a source all the same
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(download.run, DEADLINE_S)
+            neighbours.say(PEER, Answers(theirs).holdings([DIGEST]))
+            await wait_all_tasks_blocked(0.01)
+            assert not way.opened.is_set()
+            way.is_relayed, way.held_until = False, 0.0
+            routes.tell_changed(PEER)
+        (report,), wasted_bytes = download.reports()
+        assert (report.via, report.bytes, wasted_bytes) == ("bulk", len(DATA), 0)
+        assert not way.opened.is_set()
+
+    with serving(theirs) as (server, _):
+        trio.run(main)
+    assert bytes_of(ours, DIGEST) == DATA
+
+
+def test_a_peer_that_stays_behind_its_relay_is_asked_through_it(
+    stores: tuple[Store, Store],
+) -> None:
+    ours, theirs = stores
+    receive_all(theirs, DATA)
+
+    async def main() -> None:
+        way = Relayed(server, held_until=trio.current_time() + DEADLINE_S)
+        neighbours, routes = FakeNeighbours(), way.routes()
+        download = download_of(ours, [begin(ours, DATA)], neighbours, routes=routes)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(download.run, DEADLINE_S)
+            neighbours.say(PEER, Answers(theirs).holdings([DIGEST]))
+            way.held_until = 0.0
+            routes.tell_changed(PEER)
+            await way.opened.wait()
+            routes.tell_changed(PEER)  # once more, and it changes nothing
+            nursery.cancel_scope.cancel()
+        assert download.reports() == ([], 0)
+
+    with serving(theirs) as (server, _):
+        trio.run(main)
+
+
+def test_a_download_moves_to_the_direct_connection(stores: tuple[Store, Store]) -> None:
+    """What was asked through the relay is asked anew: it gave nothing, and it is no failure."""
+    ours, theirs = stores
+    receive_all(theirs, DATA)
+
+    async def main() -> None:
+        way = Relayed(server)
+        neighbours, routes = FakeNeighbours(), way.routes()
+        download = download_of(ours, [begin(ours, DATA)], neighbours, routes=routes)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(download.run, DEADLINE_S)
+            neighbours.say(PEER, Answers(theirs).holdings([DIGEST]))
+            await way.opened.wait()
+            way.is_relayed = False
+            routes.tell_changed(PEER)
+            routes.tell_changed("somebody else")
+        (report,), _ = download.reports()
+        assert report == SourceReport("peer", PEER, len(DATA), dropped=False, via="bulk")
+
+    with serving(theirs) as (server, _):
+        trio.run(main)
+    assert bytes_of(ours, DIGEST) == DATA
 
 
 # ---- what we tell

@@ -56,6 +56,34 @@ def test_a_peer_stays_while_one_of_its_streams_does(tmp_path: Path) -> None:
     in_world(tmp_path, test)
 
 
+def test_a_neighbour_is_greeted_anew_on_a_better_connection(tmp_path: Path) -> None:
+    """Nobody hears of its leaving, and what it asked on the old stream counts on the new."""
+
+    async def test(world: World) -> None:
+        left: list[str] = []
+        world.ours.left.append(left.append)
+        await world.ours.renew(PEER)  # it is no neighbour: nothing happens
+        first = await world.dial()
+        await first.want([MODEL])
+        before = world.ours.get(PEER)
+        renewed = await world.taken_in(world.ours.renew(PEER))
+        assert world.ours.get(PEER) is not before
+        assert world.ours.wanting(MODEL) == [PEER]
+        await first.get_peers(b"")  # the old stream is answered still
+        await first.close()
+        news = wire.HaveEntry(MODEL, 5, None, b"")
+        world.ours.tell([news])
+        while news not in world.heard.entries:
+            await trio.lowlevel.checkpoint()
+        assert left == []
+        await renewed.close()
+        while world.ours.all():
+            await trio.lowlevel.checkpoint()
+        assert left == [PEER]
+
+    in_world(tmp_path, test)
+
+
 def test_who_reads_nothing_keeps_nobody_from_the_news(tmp_path: Path) -> None:
     async def test(world: World) -> None:
         other = "12D3KooWQYhTNQdmr3ArTeUHRYzFg94BKyTkoWBDWez9kSCVe2Xo"
