@@ -1,4 +1,4 @@
-"""Being reachable behind NAT: AutoNAT and circuit relays.
+"""Being reachable behind NAT: AutoNAT, circuit relays, hole punching.
 
 Imports `host` and `limits`.
 """
