@@ -56,7 +56,7 @@ from .manifest_rows import (
 )
 from .manifest_rules import check_objects, check_parts, check_recipes, check_tensors, in_file_order
 from .names import check_paths, quoted
-from .object_table import ObjectRef, ObjectTable
+from .object_table import EncodedRows, ObjectRef, ObjectTable
 
 __all__ = [
     "MAX_FILES", "MAX_MANIFEST_BYTES", "MAX_OBJECTS", "MAX_PARTS", "MAX_RECIPES", "MAX_TENSORS",
@@ -410,6 +410,8 @@ def _check_paths(files: Sequence[FileEntry]) -> None:
 
 def _packed(packer: msgpack.Packer, rows: Iterable[object]) -> Iterator[bytes]:
     """Yield the encodings of many rows, some at a time."""
+    if isinstance(rows, EncodedRows):  # they were judged when the manifest was validated
+        rows = rows.unpacked()
     rest = map(packer.pack, rows)
     while part := b"".join(islice(rest, BLOCK_ROWS)):
         yield part

@@ -82,6 +82,7 @@ def check_tensors(
 ) -> None:
     """Check the tensors of a file, and note the recipes and empty objects they use."""
     names: set[str] = set()
+    known: dict[tuple[object, ...], int] = {}  # most tensors are of a few shapes
     for name, dtype, shape, index in tensors:
         check_tensor_name(name)
         if name in names:
@@ -89,7 +90,11 @@ def check_tensors(
         names.add(name)
         if not 0 <= index < len(sizes):
             raise BadInput(f"tensor {quoted(name)} is object {index} of {len(sizes)}")
-        if tensor_size_bytes(dtype, shape) != sizes[index]:
+        kind = dtype, *shape
+        size_bytes = known.get(kind)
+        if size_bytes is None:
+            size_bytes = known[kind] = tensor_size_bytes(dtype, shape)
+        if size_bytes != sizes[index]:
             raise BadInput(
                 f"tensor {quoted(name)} is of {sizes[index]} bytes, "
                 "which its dtype and shape contradict"
@@ -104,12 +109,13 @@ def in_file_order(
 ) -> bool:
     """Tell whether each tensor is a part of its file, none before the one ahead of it."""
     position = 0
-    for tensor in tensors:
-        if not sizes[tensor.object_index]:
+    count = len(parts)
+    for _, _, _, object_index in tensors:
+        if not sizes[object_index]:
             continue
         # One walk along the parts finds them all; a tied tensor stays where it stands.
-        while position < len(parts) and parts[position] != tensor.object_index:
+        while position < count and parts[position] != object_index:
             position += 1
-        if position == len(parts):
+        if position == count:
             return False
     return True

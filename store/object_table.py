@@ -94,6 +94,11 @@ class ObjectTable(_CompactRows[ObjectRef]):
         """Return an object's digest."""
         return bytes(self._digests[index * DIGEST_SIZE : (index + 1) * DIGEST_SIZE])
 
+    def digests(self, start: int, stop: int) -> list[bytes]:
+        """Return the digests of a run of objects."""
+        together = bytes(self._digests[start * DIGEST_SIZE : stop * DIGEST_SIZE])
+        return [together[at : at + DIGEST_SIZE] for at in range(0, len(together), DIGEST_SIZE)]
+
     def chunk_list(self, index: int) -> bytes:
         """Return the digest of an object's chunk list; empty for one chunk."""
         if not self._has_list[index]:
@@ -116,12 +121,11 @@ class ObjectTable(_CompactRows[ObjectRef]):
         return ObjectRef(self.digest(index), size_bytes, self.chunk_list(index))
 
     def _rows(self, start: int, stop: int) -> Iterator[ObjectRef]:
-        digests = bytes(self._digests[start * DIGEST_SIZE : stop * DIGEST_SIZE])
         lists = bytes(self._lists[start * DIGEST_SIZE : stop * DIGEST_SIZE])
-        cuts = range(0, len(digests), DIGEST_SIZE)
+        cuts = range(0, len(lists), DIGEST_SIZE)
         return map(
             ObjectRef,
-            [digests[cut : cut + DIGEST_SIZE] for cut in cuts],
+            self.digests(start, stop),
             self.sizes[start:stop],
             [
                 lists[cut : cut + DIGEST_SIZE] if has_list else b""
@@ -201,11 +205,15 @@ class EncodedRows(_CompactRows[_T]):
         return self._count
 
     def __iter__(self) -> Iterator[_T]:
+        return map(self._make, self.unpacked())
+
+    def unpacked(self) -> Iterator[Any]:
+        """Yield the rows as msgpack gives them, before anything is made of them."""
         unpacker = self._unpacker()
         unpacker.feed(memoryview(self._data)[self._start : self._stop])
-        unpack, make = unpacker.unpack, self._make
+        unpack = unpacker.unpack
         for _ in range(self._count):
-            yield make(unpack())
+            yield unpack()
 
     @overload
     def __getitem__(self, index: int) -> _T: ...

@@ -16,10 +16,10 @@ import contextlib
 import functools
 import os
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .digest import EMPTY_DIGEST, chunk_list_of, digest_of
 from .errors import StoreDamaged
@@ -47,6 +47,9 @@ INLINE_LIMIT = 64 << 10
 
 LISTS_BATCH = 256
 """Chunk lists kept in one operation: 16 MiB at most."""
+
+FEW_PART = 8
+"""A store is read as a whole where it has at most this part of what is looked for."""
 
 FORGET_BATCH = 256
 """Objects dropped in one transaction: their files are removed while it is open."""
@@ -112,19 +115,32 @@ class WholeObjects:
 
     def sizes(self, digests: Sequence[bytes]) -> dict[bytes, int]:
         """Return the sizes of the whole objects among `digests`, as `records` finds them."""
-        rows = self.index.query_keys(
-            # What follows `data` in a row is not looked at where it need not be: SQLite
-            # would read through all of the data for it.
-            "SELECT digest, size, CASE place WHEN 2 THEN file_id END FROM objects "
-            "WHERE digest IN ({keys})",
-            digests,
-        )
+        # What follows `data` in a row is not looked at where it need not be: SQLite
+        # would read through all of the data for it.
+        columns = "SELECT digest, size, CASE place WHEN 2 THEN file_id END FROM objects "
+        rows = self._few(columns, digests)
+        if rows is None:
+            rows = self.index.query_keys(columns + "WHERE digest IN ({keys})", digests)
         adopted = {row[2] for row in rows if row[2] is not None}
         changed = adopted - self.adopted.unchanged(adopted)
         found = {digest: size for digest, size, file_id in rows if file_id not in changed}
         if EMPTY_DIGEST in digests:
             found[EMPTY_DIGEST] = 0
         return found
+
+    def _few(self, columns: str, digests: Sequence[bytes]) -> list[tuple[Any, ...]] | None:
+        """Return the rows of many digests from a store that has few; None if it has more.
+
+        A nearly empty store, as that of a first fetch, is read faster than it is asked.
+        """
+        most = len(digests) // FEW_PART
+        if most <= MAX_SQL_VARIABLES:
+            return None
+        rows = self.index.query(columns + "LIMIT ?", (most + 1,))
+        if len(rows) > most:
+            return None
+        wanted = set(digests)
+        return [row for row in rows if row[0] in wanted]
 
     def all_digests(self) -> list[bytes]:
         """Return the digests of all whole objects, sorted."""
@@ -438,11 +454,13 @@ def many(sql: str, rows: Sequence[Sequence[object]]) -> Callable[[sqlite3.Connec
     return lambda db: db.executemany(sql, rows)
 
 
-def settle(db: sqlite3.Connection, digests: Sequence[bytes]) -> None:
+def settle(db: sqlite3.Connection, digests: Iterable[bytes]) -> None:
     """Note that a model relies on objects: no failing `add` takes them away any more."""
+    if db.execute("SELECT 1 FROM objects WHERE added_by IS NOT NULL LIMIT 1").fetchone() is None:
+        return  # no `add` is under way, as when a model is fetched
     for part, sql in in_parts(
         "UPDATE objects SET added_by=NULL WHERE added_by IS NOT NULL AND digest IN ({keys})",
-        digests,
+        list(digests),
     ):
         db.execute(sql, part)
 

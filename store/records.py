@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import sys
 import time
+from array import array
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -192,11 +195,16 @@ def insert_small(db: sqlite3.Connection, objects: Sequence[tuple[bytes, bytes]])
     Many rows in one statement: a statement each would take the interpreter's lock twice
     a row, and wait for it each time while other threads work.
     """
+    heads = array("q", b"".join([digest[:8] for digest, _ in objects]))  # as `head_of`
+    if sys.byteorder == "big":
+        heads.byteswap()
+    sizes = map(len, [data for _, data in objects])
+    rows = [
+        (digest, size, data, head)
+        for (digest, data), size, head in zip(objects, sizes, heads, strict=True)
+    ]
     for start in range(0, len(objects), _SMALL_ROWS):
-        part = objects[start : start + _SMALL_ROWS]
-        values: list[object] = []
-        for digest, data in part:
-            values += (digest, len(data), data, head_of(digest, b""))
+        part = rows[start : start + _SMALL_ROWS]
         db.execute(
             "INSERT INTO objects(digest, size, place, data, chunk_list, head) VALUES "
             + ",".join(["(?,?,0,?,x'',?)"] * len(part))
@@ -204,8 +212,10 @@ def insert_small(db: sqlite3.Connection, objects: Sequence[tuple[bytes, bytes]])
             "data=excluded.data, file_id=excluded.file_id, file_offset=excluded.file_offset, "
             "chunk_list=excluded.chunk_list, boot=excluded.boot, added_by=excluded.added_by "
             "WHERE objects.place=2",
-            values,
+            list(chain.from_iterable(part)),
         )
+    if db.execute("SELECT 1 FROM partials LIMIT 1").fetchone() is None:
+        return
     for keys, sql in in_parts(
         "DELETE FROM partials WHERE digest IN ({keys})", [digest for digest, _ in objects]
     ):

@@ -22,7 +22,7 @@ import contextlib
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -296,5 +296,13 @@ def _insert_model(db: sqlite3.Connection, manifest: Manifest, digest: bytes, nam
         "ON CONFLICT(digest) DO UPDATE SET name=excluded.name WHERE excluded.name<>''",
         (digest, name, int(time.time())),
     )
-    lists = [ref.chunk_list for ref in manifest.objects if ref.chunk_list]
-    settle(db, [digest, *(ref.digest for ref in manifest.objects), *lists])
+    settle(db, _relied_on(manifest, digest))
+
+
+def _relied_on(manifest: Manifest, digest: bytes) -> Iterator[bytes]:
+    """Yield what a model needs: its manifest, its objects, and their chunk lists."""
+    yield digest
+    for ref in manifest.objects:
+        yield ref.digest
+        if ref.chunk_list:
+            yield ref.chunk_list

@@ -22,6 +22,7 @@ import threading
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import compress
 from typing import TYPE_CHECKING, NamedTuple, overload
 
 from . import bitmap
@@ -120,6 +121,14 @@ class Wanted:
     def chunk_list_digest(self, index: int) -> bytes:
         """Return the digest of an object's chunk list; empty for one chunk."""
         return self._table.chunk_list(self._indices[index])
+
+    def many(self, indices: Sequence[int]) -> tuple[Sequence[bytes], Sequence[int]]:
+        """Return digests and sizes of objects; those of a run in one go."""
+        if len(indices) > 1 and list(indices) == list(range(indices[0], indices[-1] + 1)):
+            first, last = self._indices[indices[0]], self._indices[indices[-1]]
+            if last - first == len(indices) - 1:
+                return self._table.digests(first, last + 1), self._table.sizes[first : last + 1]
+        return [self.digest(i) for i in indices], [self.size_bytes(i) for i in indices]
 
     def ref(self, index: int) -> ObjectRef:
         """Return an object's digest, size, and chunk list's digest."""
@@ -263,6 +272,13 @@ class Wanted:
             return incoming is not None and incoming.is_missing(chunk)
         return state == _READY
 
+    def are_missing(self, indices: Sequence[int]) -> list[bool]:
+        """Tell of objects of one chunk each which are still wanted, as `is_missing` does."""
+        states = self._states
+        if not self._open:
+            return [states[index] == _READY for index in indices]
+        return [self.is_missing(index, 0) for index in indices]
+
     def missing_bytes(self, index: int) -> int:
         """Return how many bytes of an object are not proved yet."""
         incoming = self._open.get(index)
@@ -272,6 +288,8 @@ class Wanted:
 
     def all_missing_bytes(self) -> int:
         """Return how many bytes are not proved yet."""
+        if not self._open and max(self._states, default=_IDLE) <= _READY:
+            return sum(self.sizes())
         return sum(map(self.missing_bytes, range(len(self))))
 
     def proved(self, index: int) -> bytes:
@@ -336,32 +354,47 @@ class Wanted:
         NoRoom, LocalError
             Our disk does not take them.
         """
-        outcomes: list[Kept] = []
-        kept: list[int] = []
-        objects: list[tuple[bytes, bytes]] = []
-        for index, view in parts:
-            if self._open and index in self._open:  # somebody received it by itself before us
-                outcomes.append(self.write_chunk(index, 0, view))
-                continue
-            data, digest = bytes(view), self.digest(index)
-            if len(data) != self.size_bytes(index) or digest_of(data) != digest:
-                outcomes.append(Kept.WRONG)
-            elif not self._claim(index):
-                outcomes.append(Kept.KNOWN)
-            else:
-                outcomes.append(Kept.NEW)
-                kept.append(index)
-                objects.append((digest, data))
+        if self._open:  # somebody may have received one by itself before us
+            begun = {index for index, _ in parts if index in self._open}
+            if begun:
+                return [
+                    self.write_chunk(index, 0, view)
+                    if index in begun
+                    else self.write_small([(index, view)])[0]
+                    for index, view in parts
+                ]
+        indices = [index for index, _ in parts]
+        came = [bytes(view) for _, view in parts]
+        digests, sizes = self.many(indices)
+        are_right = [
+            len(data) == size and digest_of(data) == digest
+            for data, digest, size in zip(came, digests, sizes, strict=True)
+        ]
+        outcomes = self._claim(indices, are_right)
+        if outcomes.count(Kept.NEW) == len(parts):
+            kept, objects = indices, list(zip(digests, came, strict=True))
+        else:
+            new = [outcome is Kept.NEW for outcome in outcomes]
+            kept = list(compress(indices, new))
+            objects = list(compress(zip(digests, came, strict=True), new))
         if objects:
             self._receiver.keep_small(objects, self, lambda error: self._end(kept, error))
         return outcomes
 
-    def _claim(self, index: int) -> bool:
+    def _claim(self, indices: Sequence[int], are_right: Sequence[bool]) -> list[Kept]:
+        """Note objects as being kept that are right, and not kept by somebody else."""
+        states = self._states
+        outcomes = []
         with self._changed:
-            if self._states[index] != _READY:
-                return False
-            self._states[index] = _KEEPING
-            return True
+            for index, is_right in zip(indices, are_right, strict=True):
+                if not is_right:
+                    outcomes.append(Kept.WRONG)
+                elif states[index] != _READY:
+                    outcomes.append(Kept.KNOWN)
+                else:
+                    states[index] = _KEEPING
+                    outcomes.append(Kept.NEW)
+        return outcomes
 
     # ---- the end
 
@@ -376,8 +409,10 @@ class Wanted:
 
     def _end(self, indices: Sequence[int], error: BaseException | None) -> None:
         with self._changed:
+            state = _ENDED if error is None else _FAILED
             for index in indices:
-                self._states[index] = _ENDED if error is None else _FAILED
+                self._states[index] = state
+            for index in indices if self._open or self._lists else ():
                 self._open.pop(index, None)
                 self._lists.pop(index, None)
             self._left -= len(indices)

@@ -20,6 +20,7 @@ Not here: sockets, time, and the question whether the bytes are the right ones.
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -46,7 +47,9 @@ MAX_BODY_BYTES = MAX_SMALL_OBJECTS * (DIGEST_SIZE + 8)
 
 TARGET = "/small"
 
-_ITEM_BYTES = DIGEST_SIZE + 8
+_ITEM = struct.Struct(f">{DIGEST_SIZE}sQ")
+_SIZE = struct.Struct(">Q")
+_ITEM_BYTES = _ITEM.size
 _LENGTH = re.compile(rb"[0-9]{1,8}")
 
 
@@ -86,9 +89,7 @@ class SmallClientExchange:
     """
 
     def __init__(self, request: SmallRequest, host: str) -> None:
-        body = b"".join(
-            [digest + size_bytes.to_bytes(8, "big") for digest, size_bytes in request.objects]
-        )
+        body = b"".join([digest + _SIZE.pack(size) for digest, size in request.objects])
         if not body or len(body) > MAX_BODY_BYTES or request.length > MAX_ANSWER_BYTES:
             raise ValueError("a request for small objects has limits")
         self.request = request
@@ -190,13 +191,7 @@ class SmallServerExchange:
         ProtocolError
             A size, or the sum of all, is beyond the limits.
         """
-        objects = [
-            WantedObject(
-                body[start : start + DIGEST_SIZE],
-                int.from_bytes(body[start + DIGEST_SIZE : start + _ITEM_BYTES], "big"),
-            )
-            for start in range(0, len(body), _ITEM_BYTES)
-        ]
+        objects = list(map(WantedObject._make, _ITEM.iter_unpack(body)))
         sizes = [size_bytes for _, size_bytes in objects]
         if min(sizes) < 1 or max(sizes) > MAX_SMALL_BYTES or sum(sizes) > MAX_ANSWER_BYTES:
             raise ProtocolError("asked for small objects that are not small")
@@ -210,11 +205,14 @@ class SmallServerExchange:
         found : sequence of bytes or None
             For each object asked for its bytes, or None if it is not given.
         """
-        given = bitmap.empty(len(found))
-        for position, data in enumerate(found):
-            if data is not None:
-                bitmap.set_bit(given, position)
-        body = b"".join([bytes(given), *(data for data in found if data is not None)])
+        if None in found:
+            given = bitmap.empty(len(found))
+            for position, data in enumerate(found):
+                if data is not None:
+                    bitmap.set_bit(given, position)
+        else:
+            given = bitmap.full(len(found))
+        body = b"".join([bytes(given), *filter(None, found)])
         headers = [
             ("Content-Type", "application/octet-stream"),
             ("Content-Length", str(len(body))),

@@ -31,6 +31,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 from tensorswarm.store.digest import CHUNK_SIZE, chunk_length
 from tensorswarm.store.errors import HashMismatch, LocalError, RemoteError
@@ -378,14 +379,16 @@ class _Worker:
         """Take an answer with many small objects; those it leaves out are lacking."""
         positions = connection.read_small_head()
         objects = asked.asked.objects
-        data = self._buffer[: sum(objects[i].size_bytes for i in positions)]
+        sizes = [objects[i].size_bytes for i in positions]
+        data = self._buffer[: sum(sizes)]
         self._read(connection, job, data)
         self._wire_bytes -= asked.asked.length
-        parts, start = [], 0
-        for i in positions:
-            stop = start + objects[i].size_bytes
-            parts.append((asked.object_indices[i], data[start:stop]))
-            start = stop
+        ends = list(accumulate(sizes, initial=0))
+        indices = asked.object_indices
+        parts = [
+            (indices[i], data[start:stop])
+            for i, start, stop in zip(positions, ends, ends[1:], strict=False)
+        ]
         outcomes = self._desk.sink.write_small(parts)
         self._desk.small(job, SmallBatch.of(parts, outcomes))
         if Outcome.REFUSED in outcomes:
@@ -393,7 +396,7 @@ class _Worker:
             digest, _ = self._desk.sink.wanted(index)
             raise HashMismatch(f"the bytes of object {digest.hex()} do not match its hash")
         if parts:
-            self._note_chunk(start)
+            self._note_chunk(len(data))
         if len(positions) < len(objects):
             given = set(positions)
             lacking = next(each for i, each in enumerate(objects) if i not in given)

@@ -9,6 +9,7 @@ what is still missing.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import compress
 from typing import NamedTuple
 
 from tensorswarm.store.digest import CHUNK_SIZE
@@ -68,6 +69,24 @@ def ranges_of(request: Request, sink: Sink) -> Iterator[Range]:
 
 def asks_of(request: Request, sink: Sink) -> Iterator[Range | Together]:
     """Yield what a request still asks for: ranges, and small objects together."""
+    for start in range(0, len(request.spans), MAX_SMALL_OBJECTS):
+        spans = request.spans[start : start + MAX_SMALL_OBJECTS]
+        indices = [span.object_index for span in spans]
+        found = sink.many_wanted(indices)
+        sizes = [size_bytes for _, size_bytes in found]
+        if max(sizes) > MAX_SMALL_BYTES or sum(sizes) > MAX_ANSWER_BYTES:
+            yield from _asks_of_mixed(Request(request.source, request.request_id, spans), sink)
+            continue
+        missing = sink.are_missing(indices)
+        if not all(missing):
+            indices, found = list(compress(indices, missing)), list(compress(found, missing))
+            sizes = list(compress(sizes, missing))
+        if indices:
+            yield _together(indices, found, sum(sizes))
+
+
+def _asks_of_mixed(request: Request, sink: Sink) -> Iterator[Range | Together]:
+    """Yield what a request for objects of all sizes asks for, one after the other."""
     indices: list[int] = []
     objects: list[WantedObject] = []
     length = 0

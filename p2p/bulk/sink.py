@@ -40,9 +40,17 @@ class StoreSink:
             self._wanted.digest(object_index), self._wanted.size_bytes(object_index)
         )
 
+    def many_wanted(self, object_indices: Sequence[int]) -> list[WantedObject]:
+        """Return digest and size of wanted objects."""
+        return list(map(WantedObject, *self._wanted.many(object_indices)))
+
     def is_missing(self, object_index: int, chunk: int) -> bool:
         """Tell whether a chunk is still wanted."""
         return self._wanted.is_missing(object_index, chunk)
+
+    def are_missing(self, object_indices: Sequence[int]) -> list[bool]:
+        """Tell which of some objects of one chunk each are still wanted."""
+        return self._wanted.are_missing(object_indices)
 
     def write_chunk(self, object_index: int, chunk: int, data: memoryview) -> Outcome:
         """Verify a chunk, then keep it."""
@@ -59,6 +67,8 @@ class StoreSink:
         except TensorswarmError as error:
             self.error = self.error or error
             raise
+        if kept.count(Kept.NEW) == len(kept):
+            return [Outcome.PROVED] * len(kept)
         return [_OUTCOMES[each] for each in kept]
 
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate, repeat
 
 from tensorswarm.store.digest import CHUNK_SIZE, MAX_OBJECT_SIZE, chunk_count, chunk_length
 from tensorswarm.store.errors import BadInput
@@ -96,6 +97,7 @@ class ChunkMap:
 
     def _lay_out(self, priorities: Mapping[int, int], max_priorities: int) -> None:
         """Give every object its positions, and every priority its blocks."""
+        self._is_in_order = not priorities and all(self._sizes)
         ranks = sorted({0, *priorities.values()})
         level_of_priority = {p: min(i, max_priorities - 1) for i, p in enumerate(ranks)}
         order: Iterable[int] = range(len(self._sizes))
@@ -213,6 +215,14 @@ class ChunkMap:
 
     def spread_whole(self, object_indices: Iterable[int]) -> Iterator[tuple[int, int]]:
         """Yield (block, set) for whole objects, those in one block together."""
+        if isinstance(object_indices, range) and object_indices and self._is_in_order:
+            first, last = object_indices[0], object_indices[-1]
+            if last - first == len(object_indices) - 1:  # side by side, whatever their number
+                self._size_of(first)
+                yield from _cut(
+                    self._first[first], self._first[last] + chunk_count(self._size_of(last))
+                )
+                return
         start = stop = 0
         scattered: dict[int, int] = {}
         for object_index in object_indices:
@@ -243,9 +253,11 @@ class ChunkMap:
         size_bytes : int
             Their bytes, at most `room_bytes`.
         """
+        place = bisect_right(self._starts, position) - 1
+        if fitted := self._fit_single(place, position, min(width, max_spans), room_bytes):
+            return fitted
         spans: list[Span] = []
         size_bytes = used = 0
-        place = bisect_right(self._starts, position) - 1
         while used < width and len(spans) < max_spans:
             object_index = self._objects[place]
             chunk = position + used - self._starts[place]
@@ -264,6 +276,26 @@ class ChunkMap:
                 break
             place += 1
         return spans, used, size_bytes
+
+    def _fit_single(
+        self, place: int, position: int, width: int, room_bytes: int
+    ) -> tuple[list[Span], int, int] | None:
+        """Cut what fits from a run of objects of one chunk each; None if it is no such run."""
+        stop = place + width
+        if width < 2 or self._starts[place] != position or stop >= len(self._starts):
+            return None
+        if self._starts[stop] - position != width:
+            return None  # one of them has several chunks
+        objects = self._objects[place:stop]
+        if objects[-1] - objects[0] == width - 1:
+            sizes = self._sizes[objects[0] : objects[-1] + 1]
+        else:
+            sizes = array("q", [self._sizes[index] for index in objects])
+        ends = list(accumulate(sizes))
+        count = bisect_right(ends, room_bytes)
+        if not count:
+            return [], 0, 0
+        return list(map(Span, objects[:count], repeat(0), repeat(1))), count, ends[count - 1]
 
     # free, in flight, proved
 
@@ -326,6 +358,8 @@ class ChunkMap:
         BadInput
             An object is not of one chunk.
         """
+        if at_once := self._prove_run(list(object_indices)):
+            return at_once, {}
         proved: dict[int, int] = {}
         known: dict[int, int] = {}
         first, sizes, count, prove = self._first, self._sizes, len(self._sizes), self.prove
@@ -338,6 +372,31 @@ class ChunkMap:
             else:
                 known[object_index] = size
         return proved, known
+
+    def _prove_run(self, indices: list[int]) -> dict[int, int]:
+        """Note objects as proved that stand side by side, one chunk each and all in flight.
+
+        Returns positions and sizes; nothing is noted, and nothing returned, if they are not.
+        """
+        if len(indices) < 2 or indices[0] < 0 or indices[-1] >= len(self._sizes):
+            return {}
+        count, start = len(indices), self._first[indices[0]]
+        if indices != list(range(indices[0], indices[0] + count)):
+            return {}
+        sizes = self._sizes[indices[0] : indices[-1] + 1]
+        positions = range(start, start + count)
+        if min(sizes) < 1 or max(sizes) > CHUNK_SIZE:
+            return {}
+        if self._first[indices[0] : indices[-1] + 1] != array("q", positions):
+            return {}
+        cuts = list(_cut(start, start + count))
+        if any(mask & (self.proved[b] | self.free[b] | self.unready.get(b, 0)) for b, mask in cuts):
+            return {}
+        for block, mask in cuts:
+            self.proved[block] |= mask
+        self.missing_chunks -= count
+        self.missing_bytes -= sum(sizes)
+        return dict(zip(positions, sizes, strict=True))
 
     # rarity
 

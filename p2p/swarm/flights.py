@@ -41,8 +41,12 @@ class Flights:
             source.head_since = source.answered_at = now
         source.requests[request.request_id] = request
         source.queued_bytes += draft.size_bytes
-        for position in draft.positions:
-            self.by_position[position] = (*self.by_position.get(position, ()), request)
+        alone = (request,)
+        if self.by_position.keys().isdisjoint(draft.positions):
+            self.by_position.update(dict.fromkeys(draft.positions, alone))
+        else:
+            for position in draft.positions:
+                self.by_position[position] = self.by_position.get(position, ()) + alone
         self._count_rate(source)
         return Request(source.name, request.request_id, tuple(draft.spans))
 

@@ -72,15 +72,26 @@ class Failure(Enum):
 
 
 class Sink(Protocol):
-    """Where chunks go. Thread-safe: called from the workers' threads."""
+    """Where chunks go. Thread-safe: called from the workers' threads.
+
+    What is asked of many objects at once may be answered one by one, as here.
+    """
 
     def wanted(self, object_index: int) -> WantedObject:
         """Return digest and size of a wanted object."""
         ...
 
+    def many_wanted(self, object_indices: Sequence[int]) -> list[WantedObject]:
+        """Return digest and size of wanted objects, as `wanted` of each."""
+        return [self.wanted(index) for index in object_indices]
+
     def is_missing(self, object_index: int, chunk: int) -> bool:
         """Tell whether a chunk is still wanted."""
         ...
+
+    def are_missing(self, object_indices: Sequence[int]) -> list[bool]:
+        """Tell which of some objects of one chunk each are still wanted."""
+        return [self.is_missing(index, 0) for index in object_indices]
 
     def write_chunk(self, object_index: int, chunk: int, data: memoryview) -> Outcome:
         """Verify a chunk against its digest, then keep it.
@@ -138,8 +149,8 @@ class SmallBatch(NamedTuple):
     @classmethod
     def of(cls, parts: Sequence[tuple[int, memoryview]], outcomes: Sequence[Outcome]) -> SmallBatch:
         """Sort objects, with what came for each, by their outcome."""
-        if all(outcome is Outcome.PROVED for outcome in outcomes):
-            return cls([index for index, _ in parts], sum(len(data) for _, data in parts), ())
+        if outcomes.count(Outcome.PROVED) == len(outcomes):
+            return cls([index for index, _ in parts], sum([len(data) for _, data in parts]), ())
         each = [
             SmallOutcome(index, outcome, len(data))
             for (index, data), outcome in zip(parts, outcomes, strict=True)

@@ -21,7 +21,7 @@ from libp2p.crypto.ed25519 import create_new_key_pair
 
 from tensorswarm.p2p.bulk.server import BulkServer
 from tensorswarm.p2p.bulk.tls import BulkIdentity
-from tensorswarm.p2p.swarm.source import Failure, Outcome, SmallBatch, WantedObject
+from tensorswarm.p2p.swarm.source import Failure, Outcome, Sink, SmallBatch, WantedObject
 from tensorswarm.store.digest import CHUNK_SIZE, chunk_count, digest_of, split_chunk_list
 from tensorswarm.store.digest import chunk_list_of as list_of
 
@@ -95,7 +95,7 @@ class MemoryShelf:
         return None if data is None else MemoryReader(data, self.proved.get(digest), self)
 
 
-class MemorySink:
+class MemorySink(Sink):
     """What a download wants; verifies chunks and keeps them."""
 
     def __init__(self, *objects: TestObject) -> None:
