@@ -165,6 +165,8 @@ class Crowd:
         limits = self._limits
         if state.makes_offers:
             most = limits.max_requests_per_source
+        elif state.kind is SourceKind.ORIGIN:
+            most = limits.min_requests_per_source
         elif source_count >= limits.crowd_sources:
             most = limits.crowd_requests
         else:
@@ -197,6 +199,12 @@ class Crowd:
         turn_at = self._duty.turn_at(hungry_since, is_first=self._is_first())
         if now < turn_at:
             return Choice(_NOTHING, turn_at)
+        if state.requests:
+            if state.took_s is None:
+                return Choice(_NOTHING, now + 0.25)
+            ahead_at = next(reversed(state.requests.values())).asked_at + state.took_s * 0.75
+            if now < ahead_at:
+                return Choice(_NOTHING, ahead_at)
         draft = self._duty.draft(now, state, room_bytes)
         if draft.positions:
             return Choice(draft)

@@ -115,6 +115,7 @@ class Flights:
         del source.requests[request.request_id]
         source.queued_bytes -= request.pending_bytes
         source.head_since = now
+        source.took_s = now - request.asked_at
         if not source.requests:
             source.rate.end(now)
         self._count_rate(source)

@@ -186,7 +186,7 @@ class OpenRequest:
     """
 
     __slots__ = (
-        "active_at", "answered_bytes", "left", "pending_bytes", "request_id",
+        "active_at", "answered_bytes", "asked_at", "left", "pending_bytes", "request_id",
         "size_bytes", "skipped", "source", "was_refused",
     )  # fmt: skip
 
@@ -205,7 +205,7 @@ class OpenRequest:
         self.size_bytes = size_bytes
         self.pending_bytes = size_bytes
         self.answered_bytes = 0
-        self.active_at = now
+        self.asked_at = self.active_at = now
         self.was_refused = False
 
 
@@ -259,7 +259,7 @@ class SourceState:
         "answered_at", "counted_rate", "cursor", "distance", "empty_answers", "has_spoken",
         "head_since", "held", "holds_all", "home", "joined_at", "kind", "level", "listed", "live",
         "makes_offers", "name", "offered_at", "offers", "parked_until", "queued_bytes",
-        "rate", "record", "requests",
+        "rate", "record", "requests", "took_s",
     )  # fmt: skip
 
     def __init__(self, name: str, record: SourceRecord, chunks: ChunkMap) -> None:
@@ -287,6 +287,7 @@ class SourceState:
         self.offered_at = 0.0
         self.joined_at = 0.0
         self.offers: list[int] = []
+        self.took_s: float | None = None
 
     # holdings
 
