@@ -196,15 +196,12 @@ class Crowd:
         self, now: float, state: SourceState, room_bytes: int, moved_at: float
     ) -> Choice:
         hungry_since = max(moved_at, self._heard_at or 0.0)
-        turn_at = self._duty.turn_at(hungry_since, is_first=self._is_first())
+        turn_at = self._duty.turn_at(hungry_since, state.joined_at, is_first=self._is_first())
         if now < turn_at:
             return Choice(_NOTHING, turn_at)
-        if state.requests:
-            if state.took_s is None:
-                return Choice(_NOTHING, now + 0.25)
-            ahead_at = next(reversed(state.requests.values())).asked_at + state.took_s * 0.75
-            if now < ahead_at:
-                return Choice(_NOTHING, ahead_at)
+        ahead_at = self._ahead_at(state)
+        if now < ahead_at:
+            return Choice(_NOTHING, ahead_at)
         draft = self._duty.draft(now, state, room_bytes)
         if draft.positions:
             return Choice(draft)
@@ -214,6 +211,20 @@ class Crowd:
             return Choice(_NOTHING, min(held_at, now + patience_s))
         # Peers hold all that is missing, and nothing comes of them.
         return self._of_all(now, state, CHUNK_SIZE)
+
+    def _ahead_at(self, origin: SourceState) -> float:
+        """Return when an origin that has a request of ours may get the next.
+
+        Shortly before the answer should be whole. Members on duty that wait for the end
+        fall into step, as equal chunks over a shared uplink end together; then it lies
+        idle for a round trip. Two requests all the time would halve its speed for each.
+        """
+        if not origin.requests:
+            return 0.0
+        if origin.took_s is None:
+            return math.inf
+        latest = next(reversed(origin.requests.values()))
+        return latest.asked_at + self._limits.origin_ahead * origin.took_s
 
     def _of_offer(
         self, now: float, state: SourceState, room_bytes: int, unasked_at: float

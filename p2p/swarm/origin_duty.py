@@ -7,20 +7,22 @@ All members of a download that can reach the same origin take each of its bytes 
    `duty_members` are on duty; the others wait for what these pass on. Few are enough: an
    origin shares its uplink among those who ask, so with k askers each chunk takes k times
    as long to arrive and can be passed on that much later.
-2. Each chunk belongs to the member on duty with the highest hash of member and chunk.
+2. Each chunk belongs to the member on duty with the highest hash of member and chunk, among
+   those that have none yet of its group: chunks of one object that follow each other, as
+   many as members are on duty. A hash alone leaves some with twice as much as others.
    Members take their own chunks from the front of one order that all share.
-3. A hash alone leaves some with more than others. Whoever has finished its own relieves
-   the others: of what nobody has announced it takes the chunks for which it ranks second,
-   then third, from the end of the order, where the owner comes last; but not what should
-   be on its way to the owner or to another that relieves it.
+3. Some are faster than others, and objects of few chunks leave duties uneven. Whoever has
+   finished its own relieves the others: of what nobody has announced it takes the chunks
+   for which it ranks second, then third, from the end of the order, where the owner comes
+   last; but not what should be on its way to the owner or to another that relieves it.
 4. What a neighbour has announced is not fetched from the origin any more; not for long,
    though, if it never gave anything, and not at all once somebody has lied to us.
 5. Who gets nothing and hears of nothing new for `duty_patience_s`, and longer the lower
    it ranks, takes a turn whatever its rank: members that are gone, silent or slow hold up
    nobody for long. Whose origin is `duty_gain` times as fast as all its peers together
    asks it freely.
-6. At the very start only the first `duty_first` ask, until something has come or was heard
-   of: the first chunk is there the sooner.
+6. At the very start only the first `duty_first` ask, one after the other, until something
+   has come or was heard of: the first chunk is there the sooner.
 
 No I/O, no clock. The order and the owners cost the same for a thousand chunks as for a
 million, apart from one pass over the blocks when the members on duty change, or one goes.
@@ -29,7 +31,7 @@ million, apart from one pass over the blocks when the members on duty change, or
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property, lru_cache
 
 from tensorswarm.store.digest import digest_of
@@ -124,13 +126,16 @@ class OriginDuty:
             self._turns.clear()
             self.look_again()
 
-    def turn_at(self, hungry_since: float, *, is_first: bool = False) -> float:
+    def turn_at(self, hungry_since: float, known_since: float, *, is_first: bool = False) -> float:
         """Return from when we may ask the origin, if nothing comes from anybody before.
 
-        The start of the swarm `is_first`: nothing has come from anybody yet.
+        The origin is `known_since`. The start of the swarm `is_first`: nothing has come
+        from anybody yet.
         """
         limits = self._limits
-        if self.rank < (limits.duty_first if is_first else limits.duty_members):
+        if is_first and self.rank < limits.duty_first:
+            return known_since + self.rank * limits.duty_stagger_s
+        if not is_first and self.rank < limits.duty_members:
             return 0.0
         behind = min(max(self.rank - limits.duty_members, 0), _MOST_BEHIND)
         patience_s = limits.duty_patience_s * limits.duty_growth**behind
@@ -265,7 +270,14 @@ class OriginDuty:
     def _order(self, position: int) -> list[int]:
         """Return the members on duty in the order in which a chunk is theirs."""
         object_index, chunk = self._chunks.locate(position)
+        group = min(len(self._on_duty), self._limits.duty_members)
+        left = list(self._on_duty)
+        for earlier in range(chunk - chunk % group, chunk):
+            left.remove(max(left, key=self._hash_of(object_index, earlier)))
+        ranked = sorted(self._on_duty, key=self._hash_of(object_index, chunk), reverse=True)
+        return sorted(ranked, key=lambda member: member not in left)
+
+    def _hash_of(self, object_index: int, chunk: int) -> Callable[[int], int]:
+        """Return what a member is ranked by for a chunk."""
         place = self._keys[object_index] + chunk * 0x9E3779B97F4A7C15
-        return sorted(
-            self._on_duty, key=lambda member: _mix((place ^ member) & _MASK), reverse=True
-        )
+        return lambda member: _mix((place ^ member) & _MASK)

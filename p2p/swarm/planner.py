@@ -448,7 +448,10 @@ class Planner(PlannerView):
 
     def _close(self, now: float, request: OpenRequest) -> None:
         self._set_free(self._flights.close(now, request))
-        self._stir(request.source)
+        if self._crowd.is_here and request.source.kind is SourceKind.ORIGIN:
+            self._make_hungry(request.source)  # sooner than it was expected
+        else:
+            self._stir(request.source)
 
     def _set_free(self, positions: list[int]) -> None:
         """Offer chunks to everybody who holds them."""

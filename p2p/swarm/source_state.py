@@ -179,6 +179,8 @@ class OpenRequest:
         Positions that somebody else proved before this request brought them.
     pending_bytes : int
         Bytes that have not arrived yet.
+    asked_at : float
+        When it was asked.
     active_at : float
         When it was asked or last gave bytes.
     was_refused : bool
@@ -251,6 +253,8 @@ class SourceState:
         The positions it offers, oldest first.
     distance : int
         How far it is; 0 is nearest. It matters only to `nearness`.
+    took_s : float or None
+        Time from asking to the end of the request that ended last.
     counted_rate : float
         What it adds to the planner's sum of speeds.
     """

@@ -93,12 +93,18 @@ class PlannerLimits:
     from anybody for so long: it may have taken us for served."""
     crowd_queue_s: float = 0.1
     """In a crowd, seconds of work in one request: what is whole can be passed on."""
+    origin_ahead: float = 0.75
+    """In a crowd, part of the time of the last request after which the next is asked for: a
+    quarter of what a chunk takes is longer than a round trip, unless the line is very long."""
     duty_members: int = 4
     """Members of a crowd that fetch from the origin at one time: two keep its uplink busy
     over any round trip, and the others make up for those that are slow or gone."""
     duty_first: int = 2
     """Members that ask the origin before anything has come: with four the first chunk would
     take twice as long, and all others wait for it."""
+    duty_stagger_s: float = 0.1
+    """And so much later each than the one before: with its whole uplink for one of them the
+    origin gives the first chunk in half the time."""
     duty_patience_s: float = 1.0
     """A member that gets nothing for so long, and hears of nothing new, asks the origin
     though it is not on duty."""

@@ -67,7 +67,8 @@ def test_who_gets_nothing_takes_a_turn_the_later_the_lower_it_ranks() -> None:
             now = deadline
         starts[name] = now
     on_duty = RANKED[: limits.duty_members]
-    assert all(starts[name] == 0.0 for name in on_duty[: limits.duty_first])
+    first = [starts[name] for name in on_duty[: limits.duty_first]]
+    assert first == [rank * limits.duty_stagger_s for rank in range(limits.duty_first)]
     assert all(starts[name] <= 2 * limits.duty_patience_s for name in on_duty)
     others = [starts[name] for name in RANKED[limits.duty_members :]]
     assert others == sorted(others)
