@@ -388,7 +388,7 @@ def take_blob_piece(value: object, what: str) -> BlobPiece:
 
 def take_peer_entry(value: object, what: str) -> PeerEntry:
     """Return an entry of peers."""
-    if type(value) is tuple and len(value) > 1:
+    if isinstance(value, tuple) and len(value) > 1:
         peer_id, addrs = value[:2]
         if (  # the usual case, 64 to an answer: one look instead of a call for each field
             type(peer_id) is str

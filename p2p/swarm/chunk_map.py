@@ -187,7 +187,9 @@ class ChunkMap:
         None names all of them. Bits beyond the object's end are ignored, and
         bits that a short bitmap lacks count as unset.
         """
-        count = (self._size_of(object_index) + CHUNK_SIZE - 1) // CHUNK_SIZE
+        if not 0 <= object_index < len(self._sizes):
+            raise BadInput(f"there is no object {object_index}")
+        count = (self._sizes[object_index] + CHUNK_SIZE - 1) // CHUNK_SIZE
         first = self._first[object_index]
         block, offset = divmod(first, BLOCK_CHUNKS)
         if offset + count > BLOCK_CHUNKS:

@@ -373,7 +373,7 @@ class Planner(PlannerView):
             record.is_liar = True
             self._crowd.lied_to()
         elif state is not None:
-            record.refused_positions.add(position)
+            record.refused_positions |= {position}
             record.is_liar = len(record.refused_positions) >= self.limits.max_refused_chunks
             state.bar(self._chunks, position)
             request = self._answer_in_vain(now, state, position)

@@ -162,7 +162,7 @@ class SourceRecord:
         self.proved_bytes = 0
         self.duplicate_bytes = 0
         self.refused_bytes = 0
-        self.refused_positions: set[int] = set()
+        self.refused_positions: frozenset[int] = frozenset()
         self.stalls = 0
         self.is_liar = False
         self.dropped: Failure | None = None

@@ -18,6 +18,10 @@ MEMBERS = [f"member-{i}" for i in range(8)]
 PEERS = MEMBERS[1:5]
 
 
+TENSOR_CHUNKS = 1024
+"""Chunks of an object, 1 GiB; the last one has what is left."""
+
+
 def steps_per_chunk(chunk_count: int, *, chunks_per_change: int = 0) -> float:
     """Return the steps of one member's whole download: an origin, and peers that gain chunks.
 
@@ -25,7 +29,10 @@ def steps_per_chunk(chunk_count: int, *, chunks_per_change: int = 0) -> float:
     With `chunks_per_change`, a peer goes and comes back after so many chunks, again and again.
     """
     rng = random.Random(chunk_count)
-    planner = Planner([chunk_count * CHUNK_SIZE], rng=rng)
+    counts = [
+        min(TENSOR_CHUNKS, chunk_count - first) for first in range(0, chunk_count, TENSOR_CHUNKS)
+    ]
+    planner = Planner([count * CHUNK_SIZE for count in counts], rng=rng)
     planner.set_members(0.0, b"key", MEMBERS[0], MEMBERS[1:])
     planner.add_source(0.0, "origin", SourceKind.ORIGIN)
     planner.source_holds_all(0.0, "origin")
@@ -45,9 +52,10 @@ def steps_per_chunk(chunk_count: int, *, chunks_per_change: int = 0) -> float:
             if orders[name]:
                 chunk = orders[name].pop()
                 held[name][chunk // 8] |= 1 << chunk % 8
-                bitmap = bytes(chunk // 8) + bytes([1 << chunk % 8])
-                planner.source_holds(now, name, 0, bitmap)
-                planner.source_offers(now, PEERS[0], 0, chunk)
+                tensor, place = divmod(chunk, TENSOR_CHUNKS)
+                bitmap = bytes(place // 8) + bytes([1 << place % 8])
+                planner.source_holds(now, name, tensor, bitmap)
+                planner.source_offers(now, PEERS[0], tensor, place)
         for action in planner.actions(now):
             if isinstance(action, Ask):
                 open_requests.append(action.request)
@@ -63,7 +71,10 @@ def steps_per_chunk(chunk_count: int, *, chunks_per_change: int = 0) -> float:
             goer = rng.choice(PEERS)
             planner.remove_source(now, goer)
             planner.add_source(now, goer, SourceKind.PEER)
-            planner.source_holds(now, goer, 0, bytes(held[goer]))
+            for tensor in range(len(counts)):
+                begin = tensor * TENSOR_CHUNKS // 8
+                bitmap = bytes(held[goer][begin : begin + TENSOR_CHUNKS // 8])
+                planner.source_holds(now, goer, tensor, bitmap)
     return planner.decision_steps / chunk_count
 
 
