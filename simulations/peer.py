@@ -114,9 +114,11 @@ class SimulatedPeer:
         self.origin_chunk_s = math.inf
         self.recent: deque[float] = deque(maxlen=64)
         self._news = 0
+        self._others: list[SimulatedPeer] | None = []  # all neighbours, unless they changed
         self._news_due = False
         self._told_at = -1.0
         self._acting_at: float | None = None
+        self.wakes_at = math.inf
         self._offers_at = float("inf")
         self._roster_due = False
         self._roster: list[str] | None = None
@@ -224,6 +226,7 @@ class SimulatedPeer:
             return
         is_served = peer.planner is not None and self.world.setup.makes_offers
         self.neighbours[peer.name] = Known(peer, is_served)
+        self._others = None
         if is_served:
             self.slots.peer_has(peer.name, self.world.everything & ~peer.wants)
         if not peer.nature.has_everything:
@@ -245,6 +248,7 @@ class SimulatedPeer:
         known = self.neighbours.pop(peer.name, None)
         if known is None:
             return
+        self._others = None
         self._forget_asked(peer.name)
         now = self.world.engine.now
         self.dialled.pop(peer.name, None)
@@ -343,25 +347,27 @@ class SimulatedPeer:
 
     def holds(self, known: Known, bitmap: bytes | None, mask: int) -> None:
         """Note what a neighbour has, said as the bitmap of a message and as a set."""
-        peer, planner = known.peer, self.planner
-        known.mask |= mask
+        peer = known.peer
+        new = mask & ~known.mask
+        known.mask |= new
         if not peer.wants & ~known.mask:
             self.membership.finished(peer.name)
             self._roster_changed()
-        if known.is_served and self.slots.peer_has(peer.name, mask):
+        if known.is_served and self.slots.peer_has(peer.name, new):
             self._begin_serving()
-        if planner is not None and self.finished_at is None:
-            planner.source_holds(self.world.engine.now, peer.name, 0, bitmap)
-            if self._acting_at is None and planner.has_news:
+        if new & ~self.has and self.planner is not None:
+            self.planner.source_holds(self.world.engine.now, peer.name, 0, bitmap)
+            if self._acting_at is None and self.planner.has_news:
                 self.act_soon()
 
     def _tell(self) -> None:
         """Tell neighbours what is new, in one message for all that came meanwhile."""
         self._news_due = False
         self._told_at = self.world.engine.now
-        others = [known.peer for known in self.neighbours.values()]
-        if others and self.is_present:
-            self.world.tell(self, others, wire.Have(0, self._entries(), last=True))
+        if self._others is None:
+            self._others = [known.peer for known in self.neighbours.values()]
+        if self._others and self.is_present:
+            self.world.tell(self, self._others, wire.Have(0, self._entries(), last=True))
 
     # ---- fetching
 

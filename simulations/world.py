@@ -9,6 +9,7 @@ its bytes are the same for all.
 from __future__ import annotations
 
 import gc
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -173,7 +174,6 @@ class World:
         self.unfinished = 0
         self.on_finished: list[Callable[[SimulatedPeer], None]] = []
         self.groups: dict[str, int] = {}
-        self._wakes: dict[str, float] = {}
         self._reader = wire.FrameReader()
         self._framed: dict[wire.Message, wire.Message] = {}
         self._offers: dict[int, wire.Message] = {}
@@ -222,16 +222,13 @@ class World:
 
     def wake(self, peer: SimulatedPeer, deadline: float) -> None:
         """Wake a node at its planner's deadline, if it is not to be woken before."""
-        planned = self._wakes.get(peer.name)
-        if planned is not None and planned <= deadline:
-            return
-        deadline = max(deadline, self.engine.now + self.setup.tick_s)
-        self._wakes[peer.name] = deadline
-        self.engine.at(deadline, self._wake, peer, deadline)
+        if peer.wakes_at > deadline:
+            peer.wakes_at = max(deadline, self.engine.now + self.setup.tick_s)
+            self.engine.at(peer.wakes_at, self._wake, peer, peer.wakes_at)
 
-    def _wake(self, peer: SimulatedPeer, deadline: float) -> None:
-        if self._wakes.get(peer.name) == deadline:
-            del self._wakes[peer.name]
+    def _wake(self, peer: SimulatedPeer, planned_at: float) -> None:
+        if peer.wakes_at == planned_at:
+            peer.wakes_at = math.inf
             peer.woken()
 
     def bitmap(self, mask: int) -> bytes:

@@ -202,11 +202,14 @@ class Planner(PlannerView):
             self._hold(now, state, self._chunks.spread_whole(object_indices))
 
     def _hold(self, now: float, state: SourceState, held: Iterable[tuple[int, int]]) -> None:
-        is_work = False
+        is_news = is_work = False
         known, proved = state.held, self._chunks.proved
         for block, mask in held:
             if mask & ~(known[block] | proved[block]):
+                is_news = True
                 is_work |= state.gain(self._chunks, block, mask)
+        if not is_news:
+            return
         if state.record.refused_positions:
             state.bar_refused(self._chunks)
         if is_work and self._crowd.heard(now):

@@ -139,16 +139,15 @@ class UploadSlots:
         if self._due_at <= now:
             self._settle(now)
         made: list[tuple[str, int]] = []
-        while True:
-            spare = self._slots + self.ahead
-            spare -= len(self._offered) + len(self._waiting) + len(self.active)
-            if self._is_eager and -2 < spare <= 0:
-                spare += (not self.active and not self._waiting) + self._has_fresh()
-            if spare <= 0:
-                break
+        spare = self._slots + self.ahead
+        spare -= len(self._offered) + len(self._waiting) + len(self.active)
+        if self._is_eager and not self.active and not self._waiting:
+            spare += 1
+        while spare > 0 or not spare and self._is_eager and self._has_fresh():
             choice = self._choose()
             if choice is None:
                 break
+            spare -= 1
             made.append(choice)
             self._offered[choice[0]] = choice[1], now + OFFER_S
             self._due_at = min(self._due_at, now + OFFER_S)
