@@ -2,13 +2,15 @@
 
 N nodes, each a real process with a limited uplink, begin at the same word to fetch one
 model. Its bytes are on an HTTP server of the same limit and nowhere else; a bootstrap node
-knows the manifest and holds no tensor. They meet through it. Measured are the last
-finisher, against the least time that chunks of 1 MiB allow (M + floor(log2 N) rounds of a
-chunk's time), how many copies of the model the origin gave, and the CPU time of all nodes.
-libtorrent does the same in the same run: a seed in the place of the origin, the same file,
-limits and number of receivers, who know each other from the start.
+knows the manifest and holds no tensor. They meet through it. The word is
+said when all processes are at rest, having joined the network, or with `--cold` as soon as
+they can take it. Measured are the last finisher, against the least time that chunks of 1 MiB
+allow (M + floor(log2 N) rounds of a chunk's time), how many copies of the model the origin
+gave, and the CPU time of all nodes. libtorrent does the same in the same run: a seed in the
+place of the origin, the same file, limits and number of receivers, who know each other from
+the start.
 
-    scripts/bench swarm [--nodes 8] [--mib 64] [--limit 8MB/s] [--rounds 1] [--json]
+    scripts/bench swarm [--nodes 8] [--mib 64] [--limit 8MB/s] [--rounds 1] [--cold] [--json]
 """
 
 from __future__ import annotations
@@ -39,6 +41,13 @@ START_TIMEOUT_S = 120.0
 """Seconds for all processes to import libp2p, on few processors."""
 
 FETCH_TIMEOUT_S = 300.0
+
+REST_LOOK_S, REST_CPU = 0.5, 0.1
+"""All processes together are at rest when they take less than this part of a processor for
+so long."""
+
+REST_TIMEOUT_S = 20.0
+"""Longest wait for that."""
 
 WANTED_RATIO, WANTED_COPIES = 1.25, 1.10
 
@@ -169,9 +178,23 @@ class Crowd:
         """Return the line of each that says it is ready."""
         return [read_line(_pipe(each.stdout), START_TIMEOUT_S) for each in self._processes]
 
+    def wait_at_rest(self) -> None:
+        """Wait until the processes have little to do."""
+        deadline = time.perf_counter() + REST_TIMEOUT_S
+        before = self._cpu_s()
+        while time.perf_counter() < deadline:
+            time.sleep(REST_LOOK_S)
+            after = self._cpu_s()
+            if after - before < REST_CPU * REST_LOOK_S:
+                return
+            before = after
+
+    def _cpu_s(self) -> float:
+        return sum(cpu_seconds(each.pid) for each in self._processes)
+
     def go(self, words: str) -> tuple[list[float], float, int]:
         """Say the word; return when each was done, the CPU they took, and the dropped."""
-        cpu_before = sum(cpu_seconds(each.pid) for each in self._processes)
+        cpu_before = self._cpu_s()
         begun = time.perf_counter()
         for process in self._processes:
             say(process, words)
@@ -180,8 +203,7 @@ class Crowd:
             told = json.loads(read_line(_pipe(process.stdout), FETCH_TIMEOUT_S))
             seconds.append(time.perf_counter() - begun)  # the last is exact, others at most
             dropped += told["dropped"]
-        cpu_s = sum(cpu_seconds(each.pid) for each in self._processes) - cpu_before
-        return seconds, cpu_s, dropped
+        return seconds, self._cpu_s() - cpu_before, dropped
 
 
 def say(process: subprocess.Popen[bytes], words: str) -> None:
@@ -224,6 +246,8 @@ def run_ours(work: Path, source: Path, args: argparse.Namespace) -> Round:
             ]
             with Crowd(commands) as crowd:
                 crowd.ready()
+                if not args.cold:
+                    crowd.wait_at_rest()
                 seconds, cpu_s, dropped = crowd.go("go")
             copies = origin.body_bytes_sent / source.stat().st_size
     finally:
@@ -252,6 +276,8 @@ def run_torrent(work: Path, source: Path, args: argparse.Namespace) -> Round:
         ]
         with Crowd(commands) as crowd:
             ports = [int(port), *map(int, crowd.ready())]
+            if not args.cold:
+                crowd.wait_at_rest()
             seconds, cpu_s, dropped = crowd.go(json.dumps(ports))
             say(seed, "end")
             given = json.loads(read_line(_pipe(seed.stdout), START_TIMEOUT_S))["given"]
@@ -270,6 +296,7 @@ def main() -> None:
     parser.add_argument("--mib", type=int, default=64, help="size of the model in MiB")
     parser.add_argument("--limit", metavar="RATE", default="8MB/s", help="of every uplink")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--cold", action="store_true", help="do not wait until all are at rest")
     parser.add_argument("--only", choices=("tensorswarm", "libtorrent"))
     parser.add_argument("--folder", type=Path, help="where to work (default: the system's tmp)")
     parser.add_argument("--json", action="store_true")

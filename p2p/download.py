@@ -27,6 +27,7 @@ from .bulk.sink import (
     SourceFailed,
     StoreSink,
 )
+from .companions import Companions
 from .control import wire
 from .control.holdings import Holdings, set_bits
 from .control.neighbours import Neighbours
@@ -94,6 +95,8 @@ class Download:
         Whether the origins are spared for the sake of peers, and far peers for near ones.
     uploads : Uploads, optional
         Offers what we have to those with whom we share.
+    companions : Companions, optional
+        Knows those of them whom we have not met.
     """
 
     def __init__(
@@ -110,8 +113,10 @@ class Download:
         swarm_key: bytes = b"",
         near_first: bool = False,
         uploads: Uploads | None = None,
+        companions: Companions | None = None,
     ) -> None:
         self._uploads = uploads
+        self._companions = companions
         self._wanted = wanted
         self._neighbours = neighbours
         self._routes = routes
@@ -138,6 +143,7 @@ class Download:
         self._swarm_key = swarm_key
         self._roster = Roster()
         self._roster_at = 0.0
+        self._members: frozenset[str] = frozenset()
         self._offers_uploads = False
         self._portion_due = trio.Event()
         self._portion_at = 0.0
@@ -230,14 +236,17 @@ class Download:
             for name, source in self._sources.items()  # who stalled may only be busy
             if source.dropped and source.failure is not Failure.STALLED
         }
-        wanting = self._neighbours.wanting(self._swarm_key)
-        if self._roster.update(now, wanting, failed):
-            members = self._roster.members
+        self._roster.update(now, self._neighbours.wanting(self._swarm_key), failed)
+        members = self._roster.members
+        if self._companions is not None:
+            members |= self._companions.unmet(now) - failed
+        if members != self._members:
+            self._members = members
             self._planner.set_members(now, self._swarm_key, self._neighbours.me, members)
-            if members and self._uploads is not None and not self._offers_uploads:
-                self._offers_uploads = True
-                known = {name: dict(each.holds.items()) for name, each in self._sources.items()}
-                self._uploads.open(self._swarm_key, self._wanted, known)
+        if self._roster.members and self._uploads is not None and not self._offers_uploads:
+            self._offers_uploads = True
+            known = {name: dict(each.holds.items()) for name, each in self._sources.items()}
+            self._uploads.open(self._swarm_key, self._wanted, known)
 
     async def _settle(self) -> None:
         """Wait until the whole objects are verified and in the index."""

@@ -36,6 +36,7 @@ from tensorswarm.store.order import urgency
 from tensorswarm.store.wanted import Wanted
 
 from .chunk_lists import ChunkLists
+from .companions import Companions
 from .control.neighbour import Neighbour
 from .dht.search import Search
 from .download import Download
@@ -149,6 +150,7 @@ class Fetch:
         self._inquiry = Inquiry(services, self._search, options.timeout_s)
         self._urgency: dict[bytes, int] = {}
         self._overhead: Counter[str] = Counter()  # manifest and chunk lists, by peer
+        self._companions: Companions | None = None
 
     async def model(self, digest: bytes) -> FetchResult:
         """Fetch a model by its manifest's digest.
@@ -171,6 +173,7 @@ class Fetch:
             options.on_manifest(manifest)
             result = FetchResult(digest, manifest)
             result.bytes_total = self._store.records([digest])[digest].size_bytes
+            self._share_origins(digest)
             await self._bring(result, manifest.table, indices, self._origins(manifest, indices))
             result.seconds = trio.current_time() - begun
             if self._options.out is not None:
@@ -179,6 +182,13 @@ class Fetch:
                 await trio.to_thread.run_sync(export_files, self._store, manifest, files, out)
                 result.path = out
         return result
+
+    def _share_origins(self, digest: bytes) -> None:
+        """Look for those who fetch the same from here on, to share the origins with them."""
+        options, services = self._options, self._services
+        if options.origins and not options.near_first:
+            self._companions = Companions(digest, services.neighbours, services.rng)
+            self._search.chooser, self._search.chosen_key = self._companions, digest
 
     async def tensor(self, digest: bytes) -> FetchResult:
         """Fetch one tensor or blob by its bare digest.
@@ -333,6 +343,7 @@ class Fetch:
             swarm_key=result.digest,
             near_first=self._options.near_first,
             uploads=services.uploads,
+            companions=self._companions,
         )
 
     async def _run(
@@ -368,31 +379,50 @@ class Fetch:
         digests: Sequence[bytes],
         settled: trio.Event,
     ) -> None:
-        """Keep a download in sources: ask neighbours what they hold, and find more."""
-        neighbours = self._services.neighbours
+        """Keep a download in sources: ask neighbours what they hold, and find more.
+
+        It is settled, and may begin, when all neighbours have answered and those whom they
+        named have, too; with an origin, as soon as anybody is known to share it with.
+        """
+        neighbours, companions = self._services.neighbours, self._companions
+        has_asked = False
+
+        def look(_peer_id: str = "") -> None:
+            if has_asked and companions is not None and companions.is_anybody_there():
+                settled.set()
+
         async with trio.open_nursery() as nursery:
-            asking = later = nursery
+            asking = meeting = later = nursery
+
+            async def introduce(peer_id: str) -> None:
+                await self._introduce(peer_id, subscriptions, keys[0], meeting, later)
 
             def joined(peer_id: str) -> None:
                 download.search_is_over = False
-                asking.start_soon(self._introduce, peer_id, subscriptions, keys[0], later)
+                asking.start_soon(introduce, peer_id)
 
             neighbours.joined.append(joined)
+            neighbours.want_listeners.append(look)
             try:
                 async with trio.open_nursery() as later:
                     async with trio.open_nursery() as first:
-                        asking = first
-                        for each in neighbours.all():
-                            first.start_soon(
-                                self._introduce, each.peer_id, subscriptions, keys[0], later
-                            )
-                        first.start_soon(self._search.round, keys)
-                    asking = later
+                        asking = meeting = first
+                        if companions is None:
+                            first.start_soon(self._search.round, keys)
+                        async with trio.open_nursery() as here:
+                            for each in neighbours.all():
+                                here.start_soon(introduce, each.peer_id)
+                        has_asked = True
+                        look()
+                        if companions is not None and not settled.is_set():
+                            first.start_soon(self._search.round, keys)
+                    asking = meeting = later
                     settled.set()
-                asking = later = nursery
+                asking = meeting = later = nursery
                 await self._keep_searching(download, keys, digests)
             finally:
                 neighbours.joined.remove(joined)
+                neighbours.want_listeners.remove(look)
 
     async def _keep_searching(
         self, download: Download, keys: Sequence[bytes], digests: Sequence[bytes]
@@ -420,18 +450,23 @@ class Fetch:
             next_round = trio.current_time() + pause
 
     async def _introduce(
-        self, peer_id: str, subscriptions: Subscriptions, key: bytes, later: trio.Nursery
+        self,
+        peer_id: str,
+        subscriptions: Subscriptions,
+        key: bytes,
+        meeting: trio.Nursery,
+        later: trio.Nursery,
     ) -> None:
         """Tell a neighbour what we want, and then ask it who else does.
 
         In this order: of two that begin at the same moment and share a neighbour, at
-        least one is then told of the other.
+        least one is then told of the other. Whom it names is met in tasks of `meeting`.
         """
         neighbour = self._services.neighbours.get(peer_id)
         if neighbour is None or peer_id in self._inquiry.distrusted:
             return
         if await subscriptions.ask(neighbour, later):
-            await self._search.ask_neighbour(peer_id, key)
+            await self._search.ask_neighbour(peer_id, key, meeting)
 
     # ---- the account
 

@@ -75,6 +75,10 @@ class Owner(Protocol):
         """Note an upload that a neighbour offers, or does not take from us."""
         ...
 
+    def on_want(self, peer_id: str) -> None:
+        """Note that a neighbour has begun to want something."""
+        ...
+
     def peers_for(self, digest: bytes, asker: str) -> list[wire.PeerEntry]:
         """Return peers that hold or want an object (any peers, for an empty digest)."""
         ...
@@ -253,11 +257,8 @@ class Neighbour:
                 try:
                     self._requests_in.send_nowait(message)
                 except trio.WouldBlock:
-                    await self._send(
-                        wire.Refusal(
-                            message.request_id, wire_limits.CODE_TOO_MANY, "too many requests"
-                        )
-                    )
+                    code, text = wire_limits.CODE_TOO_MANY, "too many requests"
+                    await self._send(wire.Refusal(message.request_id, code, text))
             case _:
                 raise ProtocolError("a message that makes no sense here")
 
@@ -291,17 +292,17 @@ class Neighbour:
 
     async def _refuse(self, request_id: int) -> None:
         """Refuse in the same words whether it is missing or not for this peer."""
-        text = "not here, or not for you"
-        await self._send(wire.Refusal(request_id, wire_limits.CODE_NOT_ALLOWED, text))
+        code, text = wire_limits.CODE_NOT_ALLOWED, "not here, or not for you"
+        await self._send(wire.Refusal(request_id, code, text))
 
     async def _answer_want(self, want: wire.Want) -> None:
         if self.interests.count_with(want.digests) > wire_limits.MAX_SUBSCRIPTIONS:
-            await self._send(
-                wire.Refusal(want.request_id, wire_limits.CODE_TOO_MANY, "too many subscriptions")
-            )
+            code, text = wire_limits.CODE_TOO_MANY, "too many subscriptions"
+            await self._send(wire.Refusal(want.request_id, code, text))
             return
         # Subscribed before the look, so that nothing proved in between is missed.
         self.interests.add(want.digests)
+        self._owner.on_want(self.peer_id)
         entries = await trio.to_thread.run_sync(self._answers.holdings, want.digests)
         for frame in wire.fit_have(want.request_id, entries):
             await self._send(frame)
@@ -326,6 +327,7 @@ class Neighbour:
         runs = list(want.runs())
         for start, stop in runs:
             chosen.add_run(start, stop)
+        self._owner.on_want(self.peer_id)
         held = await trio.to_thread.run_sync(self._answers.model_holdings, table, runs)
         parts = [wire.ModelPart(*part) for part in sorted(held.parts.items())]
         for frame in wire.fit_have_model(request_id, model, held.runs(), parts):

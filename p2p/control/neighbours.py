@@ -63,6 +63,8 @@ class Neighbours:
         Hear what they say they hold of a model, by its manifest.
     offer_listeners : list of callables
         Hear of uploads that neighbours offer, and of offers that they pass on.
+    want_listeners : list of callables
+        Hear of each neighbour, by peer id, that has begun to want something, or something more.
     """
 
     def __init__(self, host: Host, answers: Answers, hello: Callable[[], wire.Hello]) -> None:
@@ -79,6 +81,7 @@ class Neighbours:
         self.have_listeners: list[HaveListener] = []
         self.have_model_listeners: list[HaveModelListener] = []
         self.offer_listeners: list[OfferListener] = []
+        self.want_listeners: list[Callable[[str], None]] = []
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Take in neighbours until cancelled."""
@@ -106,6 +109,11 @@ class Neighbours:
     def wanting(self, digest: bytes) -> list[str]:
         """Return the neighbours that want to hear news of an object or a model."""
         return [peer_id for peer_id, each in self._table.items() if digest in each.interests]
+
+    def holds_anything(self, peer_id: str) -> bool:
+        """Tell whether a neighbour has said that it holds anything."""
+        held = self._held.get(peer_id)
+        return held is not None and held.has_objects()
 
     def somebody_listens(self) -> bool:
         """Tell whether any neighbour wants to hear news of anything."""
@@ -269,6 +277,11 @@ class Neighbours:
         """Pass on an upload that a neighbour offers, or does not take from us."""
         for listener in list(self.offer_listeners):
             listener(peer_id, message)
+
+    def on_want(self, peer_id: str) -> None:
+        """Pass on that a neighbour has begun to want something."""
+        for listener in list(self.want_listeners):
+            listener(peer_id)
 
     def tell(self, entries: Iterable[wire.HaveEntry]) -> None:
         """Tell every neighbour the news it asked to hear, each at the pace it reads."""

@@ -33,6 +33,10 @@ class ObjectSet:
         chosen = sum(1 + len(chosen) for _, chosen in self._models.values())
         return len(self._digests) + chosen
 
+    def has_objects(self) -> bool:
+        """Tell whether there is any object, and not only a model without one."""
+        return bool(self._digests) or any(len(chosen) for _, chosen in self._models.values())
+
     def names(self, digest: bytes) -> bool:
         """Tell whether an object is named by its digest itself."""
         return digest in self._digests

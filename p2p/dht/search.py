@@ -7,6 +7,7 @@ whoever wants something. Nobody found here is believed before it has shown bytes
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import trio
 
@@ -45,6 +46,22 @@ MAX_KEYS_REMEMBERED = 1_000
 """Keys of which it is remembered when they were looked up."""
 
 
+DHT = "dht"
+"""Who names those that were found there."""
+
+
+class Chooser(Protocol):
+    """Who decides whom of those that were found to dial."""
+
+    def choose(self, teller: str, peers: Sequence[PeerAddress]) -> list[PeerAddress]:
+        """Note peers that somebody names; return whom to dial now."""
+        ...
+
+    def after(self, peer_id: str) -> list[PeerAddress]:
+        """Note that a dial has ended, well or badly; return whom to dial now."""
+        ...
+
+
 class Search:
     """Finds and meets peers.
 
@@ -61,6 +78,10 @@ class Search:
     ----------
     failures : dict of str to str
         Why peers could not be met, by peer id.
+    chooser : Chooser or None
+        Decides whom to dial of those found under `chosen_key`; without one everybody is.
+    chosen_key : bytes
+        What the chooser knows of.
     """
 
     def __init__(
@@ -73,6 +94,8 @@ class Search:
         self._looked_up_at: dict[bytes, float] = {}
         self._dials = trio.CapacityLimiter(MAX_PARALLEL_DIALS)
         self.failures: dict[str, str] = {}
+        self.chooser: Chooser | None = None
+        self.chosen_key = b""
 
     async def round(self, keys: Sequence[bytes], *, widely: bool = False) -> bool:
         """Look everywhere once, and meet those found; returns after `ROUND_TIMEOUT_S` at most.
@@ -102,10 +125,9 @@ class Search:
                     nursery.start_soon(self._ask_neighbour, neighbour.peer_id, topic, nursery)
         return not limit.cancelled_caught
 
-    async def ask_neighbour(self, peer_id: str, key: bytes) -> None:
-        """Ask one neighbour who else holds or wants something, and meet them."""
-        async with trio.open_nursery() as nursery:
-            await self._ask_neighbour(peer_id, key, nursery)
+    async def ask_neighbour(self, peer_id: str, key: bytes, meeting: trio.Nursery) -> None:
+        """Ask one neighbour who else holds or wants something; meet them in tasks of `meeting`."""
+        await self._ask_neighbour(peer_id, key, meeting)
 
     def _is_to_be_looked_up(self, key: bytes) -> bool:
         now = trio.current_time()
@@ -119,7 +141,8 @@ class Search:
     async def _ask_dht(self, key: bytes, nursery: trio.Nursery) -> None:
         async with self._discovery.find_providers(key, timeout_s=ROUND_TIMEOUT_S) as providers:
             async for provider in providers:
-                nursery.start_soon(self.meet, PeerAddress(provider.peer_id, provider.addrs))
+                peer = PeerAddress(provider.peer_id, provider.addrs)
+                self._meet_some(DHT, key, [peer], nursery)
 
     async def _ask_neighbour(self, peer_id: str, key: bytes, nursery: trio.Nursery) -> None:
         neighbour = self._neighbours.get(peer_id)
@@ -131,10 +154,33 @@ class Search:
             self.note_failure(peer_id, error)
             return
         seen_at = self._neighbours.seen_at(peer_id)
-        for entry in entries:
-            addrs = believable(entry.addrs, told_by=seen_at)
-            if addrs:
-                nursery.start_soon(self.meet, PeerAddress(entry.peer_id, addrs))
+        peers = [
+            PeerAddress(entry.peer_id, addrs)
+            for entry in entries
+            if (addrs := believable(entry.addrs, told_by=seen_at))
+        ]
+        self._meet_some(peer_id, key, peers, nursery)
+
+    def _meet_some(
+        self, teller: str, key: bytes, peers: Sequence[PeerAddress], nursery: trio.Nursery
+    ) -> None:
+        """Meet those that were named under a key, or those of them that the chooser takes."""
+        if self.chooser is None or key != self.chosen_key:
+            for peer in peers:
+                nursery.start_soon(self.meet, peer)
+            return
+        for peer in self.chooser.choose(teller, peers):
+            nursery.start_soon(self._meet_chosen, self.chooser, peer, nursery)
+
+    async def _meet_chosen(
+        self, chooser: Chooser, peer: PeerAddress, nursery: trio.Nursery
+    ) -> None:
+        try:
+            await self.meet(peer)
+        finally:
+            following = chooser.after(peer.peer_id)
+        for other in following:
+            nursery.start_soon(self._meet_chosen, chooser, other, nursery)
 
     async def meet(self, peer: PeerAddress) -> None:
         """Meet one peer, unless it was tried a moment ago."""
