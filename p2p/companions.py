@@ -7,8 +7,9 @@ and those on duty at the origin meet each other.
 Rules
 - Whom a neighbour or the DHT names under the swarm's key counts as a member before it is
   met, so that those who start together know at once who asks the origin for what.
-- Who was met and does not want the same within `GRACE_S` is a seeder, and no member:
-  seeders are met without a bound. So is everybody where there is no origin to share.
+- Who was met counts while it wants the same. One that holds something and does not say so,
+  or has not said so within `GRACE_S`, is a seeder, and no member: seeders are met without a
+  bound. So is everybody where there is no origin to share.
 - Who cannot be reached is no member, for a while.
 
 The parts with I/O are the caller's: it dials whom `choose` and `after` return.
@@ -97,8 +98,9 @@ class Companions:
         for name in self._membership.members(now):
             if name in wanting or not self._neighbours.is_neighbour(name):
                 continue
-            if now >= self._met_at.setdefault(name, now) + GRACE_S:
-                self._membership.left(now, name)  # a seeder, or done
+            met_at = self._met_at.setdefault(name, now)
+            if self._neighbours.holds_anything(name) or now >= met_at + GRACE_S:
+                self._membership.left(now, name)  # until it says that it wants the same
         for name in [name for name in self._met_at if not self._neighbours.is_neighbour(name)]:
             del self._met_at[name]
 

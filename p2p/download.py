@@ -31,7 +31,7 @@ from .companions import Companions
 from .control import wire
 from .control.holdings import Holdings, set_bits
 from .control.neighbours import Neighbours
-from .download_sources import KnownSource, OriginSpec, reports_of, why_stuck
+from .download_sources import KnownSource, OriginSpec, given_up, reports_of, why_stuck
 from .limits.rates import RateLimiter
 from .news import News
 from .origins.origin import Place, runs_of
@@ -231,11 +231,7 @@ class Download:
         if not (self._origins and self._swarm_key) or now < self._roster_at:
             return
         self._roster_at = now + ROSTER_INTERVAL_S
-        failed = {
-            name
-            for name, source in self._sources.items()  # who stalled may only be busy
-            if source.dropped and source.failure is not Failure.STALLED
-        }
+        failed = given_up(self._sources)
         self._roster.update(now, self._neighbours.wanting(self._swarm_key), failed)
         members = self._roster.members
         if self._companions is not None:

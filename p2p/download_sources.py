@@ -114,6 +114,15 @@ def reports_of(
     return reports
 
 
+def given_up(sources: Mapping[str, KnownSource]) -> set[str]:
+    """Return who failed for good or for now; who stalled may only be busy."""
+    return {
+        name
+        for name, source in sources.items()
+        if source.dropped and source.failure is not Failure.STALLED
+    }
+
+
 def why_stuck(
     sources: Mapping[str, KnownSource], missing_bytes: int, waited_s: float, *, has_looked: bool
 ) -> TensorswarmError:
