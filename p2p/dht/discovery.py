@@ -11,13 +11,11 @@ Rules
 - Look-ups ask the network. They are never answered from our own announcements or
   from what an earlier look-up found; records that other peers left with us count,
   as they would at any node.
-- A node is asked with a deadline of `PEER_TIMEOUT_S`; one that fails is left alone
-  for `DEAD_S`.
 - Only addresses that `addresses.believable` leaves are ever dialled or passed on.
 - What an answer says is a hint: nobody named in it is believed to hold anything.
 
-The parts: `dht.lookup` (whom to ask), `dht.rpc` (how), `dht.publish` (announcing),
-`dht.server` (answering).
+The parts: `dht.walker` (asking one's way to a key), `dht.hearsay` (whose word is passed
+on), `dht.publish` (announcing), `dht.server` (answering).
 
 What it does not do: decide what is announced, or connect to providers.
 """
@@ -28,35 +26,30 @@ import logging
 import random
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import trio
 from libp2p.kad_dht.pb.kademlia_pb2 import Message
 from libp2p.peer.id import ID
-from libp2p.peer.peerinfo import PeerInfo
-from multiaddr import Multiaddr
 
 from tensorswarm.store.cid import dht_key
-from tensorswarm.store.errors import BadInput, RemoteError, TensorswarmError
+from tensorswarm.store.errors import RemoteError, TensorswarmError
 
-from ..host.addresses import PeerAddress, tcp_host
+from ..host.addresses import PeerAddress
 from ..host.host import Host
 from .file import DhtFile
-from .lookup import ALPHA, Lookup, closest, kad_id
-from .provider_table import group_of
+from .hearsay import Hearsay
+from .lookup import closest, kad_id
 from .publish import Announcement, Publisher
-from .rpc import KAD_PROTOCOL, Question, find_node, get_providers, peers_in
+from .rpc import find_node, get_providers, peers_in
 from .server import GuardedDht
-from .streams import DhtStreams
+from .walker import Walker
 
 __all__ = ["Announcement", "Bootstrapped", "Discovery", "Provider"]
 
 log = logging.getLogger(__name__)
-
-PEER_TIMEOUT_S = 5.0
-"""Time for one node to answer one question, connecting included, in seconds."""
 
 BOOTSTRAP_TIMEOUT_S = 10.0
 """Time to connect to a bootstrap peer, in seconds."""
@@ -66,12 +59,6 @@ LOOKUP_TIMEOUT_S = 30.0
 
 MAX_PARALLEL_BOOTSTRAPS = 16
 """Bootstrap peers connected to at once."""
-
-DEAD_S = 60.0
-"""How long a node that did not answer is left alone, in seconds."""
-
-MAX_DEAD = 1_000
-"""Nodes remembered as dead; the oldest are tried again first."""
 
 REFRESH_S = 600.0
 """How often the routing table is refreshed (specification: 10 minutes), in seconds."""
@@ -166,20 +153,18 @@ class Discovery:
     ) -> None:
         self._host = host
         self._dht = GuardedDht(host, server=server, clock=clock, rng=rng, file=file)
-        self._streams = DhtStreams(host)
         self._rng = rng or random.Random()
-        self._dead: dict[str, float] = {}
+        self._walker = Walker(host, self._dht, self._rng)
         self.searches = 0
         self.looks_round = 0
         self.listeners: list[Callable[[], None]] = []
         self._publisher = Publisher(
-            host, self._known_nodes, self._find_nodes, clock=clock, rng=rng, file=file
+            host, self._walker, self._find_nodes, clock=clock, rng=rng, file=file
         )
         self._publisher.on_round = self._tell_listeners
         self._dht.on_node = self._node_has_come
         self._newcomers: dict[str, None] = {}
         self._newcomers_came = trio.Event()
-        self._being_asked: set[str] = set()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep the routing table fresh and our keys announced, until cancelled."""
@@ -222,10 +207,10 @@ class Discovery:
         if not self._newcomers:
             self._newcomers_came = trio.Event()
         own_key = self._own_key()
-        known = set(self._known_nodes())
+        known = set(self._walker.known_nodes())
         for node in asked:
             try:
-                named = self._learn(node, await self._ask(node, find_node(own_key)))
+                named = self._walker.learn(node, await self._walker.ask(node, find_node(own_key)))
             except RemoteError as error:
                 log.debug("DHT node %s: %s", node, error)
                 continue
@@ -240,7 +225,7 @@ class Discovery:
     def _node_has_come(self, node: str) -> None:
         self._publisher.node_has_come(node)
         self._tell_listeners()
-        is_ours = node in self._being_asked  # our own look-up led to it: no news
+        is_ours = self._walker.is_being_asked(node)  # our own look-up led to it: no news
         if not is_ours and len(self._newcomers) < MAX_NEWCOMERS:
             self._newcomers[node] = None
             self._newcomers_came.set()
@@ -287,13 +272,13 @@ class Discovery:
                     failed[address] = str(error)
                 else:
                     connected[address] = peer_id
-                    self._dead.pop(peer_id, None)
+                    self._walker.lives(peer_id)
 
         async with trio.open_nursery() as nursery:
             for address in dict.fromkeys(addresses):
                 nursery.start_soon(join, address)
         await self._find_nodes(self._own_key(), connected.values())
-        return Bootstrapped(tuple(connected), failed, len(self._known_nodes()))
+        return Bootstrapped(tuple(connected), failed, len(self._walker.known_nodes()))
 
     # ---- announcing
 
@@ -343,8 +328,9 @@ class Discovery:
             "nodes": self.routing_table_size(),
             "searches": self.searches,
             "looks_round": self.looks_round,
-            "questions_asked": self._streams.asked,
-            "streams_opened": self._streams.opened,
+            "crowds_met": self._walker.crowds,
+            "questions_asked": self._walker.streams.asked,
+            "streams_opened": self._walker.streams.opened,
             "records_kept": self._dht.records.size(),
             **self._publisher.statistics(),
         }
@@ -390,121 +376,33 @@ class Discovery:
         timeout_s: float,
         limit: int,
     ) -> None:
-        seen: set[str] = {self._host.peer_id}
+        hearsay = Hearsay(self._host.peer_id, limit)
 
-        def offer(peers: Iterable[PeerAddress]) -> None:
+        def reachable(peers: Iterable[PeerAddress]) -> Iterator[PeerAddress]:
             for peer in peers:
                 addrs = peer.addrs or self._host.addrs_of(peer.peer_id)
-                if peer.peer_id in seen or not (addrs or self._host.is_connected(peer.peer_id)):
-                    continue
-                seen.add(peer.peer_id)
-                send.send_nowait(Provider(peer.peer_id, addrs))  # has room for all
-                if len(seen) > limit:
-                    scope.cancel()
-                    return
+                if addrs or self._host.is_connected(peer.peer_id):
+                    yield PeerAddress(peer.peer_id, addrs)
+
+        def pass_on(peers: Iterable[PeerAddress]) -> None:
+            for peer in peers:
+                send.send_nowait(Provider(peer.peer_id, peer.addrs))  # has room for all
+            if hearsay.is_full:
+                scope.cancel()
 
         def take(node: str, answer: Message) -> None:
             if not scope.cancel_called:
-                offer(peers_in(answer.providerPeers, self._host.remote_host(node)))
+                named = peers_in(answer.providerPeers, self._host.remote_host(node))
+                pass_on(hearsay.take(reachable(named)))
 
         with send, scope:
-            offer(self._dht.records.others(key))
-            await self._look_up(key, get_providers(key), (), timeout_s, take)
-
-    # ---- looking up
+            pass_on(hearsay.take(reachable(self._dht.records.others(key))))
+            await self._walker.look_up(key, get_providers(key), (), timeout_s, take)
+            pass_on(hearsay.rest())
 
     async def _find_nodes(self, key: bytes, start: Iterable[str] = ()) -> list[str]:
         """Return the nodes closest to a key, nearest first."""
-        return await self._look_up(key, find_node(key), start, LOOKUP_TIMEOUT_S)
-
-    async def _look_up(
-        self,
-        key: bytes,
-        question: Question,
-        start: Iterable[str],
-        timeout_s: float,
-        on_answer: Callable[[str, Message], None] = lambda _node, _answer: None,
-    ) -> list[str]:
-        lookup = Lookup(key, (*self._known_nodes(), *start), self._host.peer_id, self._group_of)
-        running = 0
-        changed = trio.Event()
-
-        async def query(node: str) -> None:
-            nonlocal running
-            try:
-                answer = await self._ask(node, question)
-            except TensorswarmError as error:
-                log.debug("DHT node %s: %s", node, error)
-                lookup.failed(node)
-            else:
-                lookup.answered(node, self._learn(node, answer))
-                on_answer(node, answer)
-            finally:
-                running -= 1
-                changed.set()
-
-        with trio.move_on_after(timeout_s):
-            async with trio.open_nursery() as nursery:
-                while True:
-                    while running < ALPHA and (node := lookup.next_peer()) is not None:
-                        running += 1
-                        nursery.start_soon(query, node)
-                    if not running:
-                        break
-                    await changed.wait()
-                    changed = trio.Event()
-        return lookup.result()
-
-    async def _ask(self, node: str, question: Question) -> Message:
-        self._being_asked.add(node)
-        try:
-            answer = await self._streams.ask(node, question, PEER_TIMEOUT_S)
-            self._dead.pop(node, None)
-            addrs = [Multiaddr(addr) for addr in self._host.addrs_of(node)]
-            await self._dht.add_node(PeerInfo(ID.from_string(node), addrs))
-        except RemoteError:
-            self._dead[node] = trio.current_time()
-            if len(self._dead) > MAX_DEAD:
-                del self._dead[next(iter(self._dead))]
-            self._dht.routing_table.remove_peer(ID.from_string(node))
-            raise
-        finally:
-            self._being_asked.discard(node)
-        return answer
-
-    def _learn(self, node: str, answer: Message) -> list[str]:
-        """Remember the addresses of the nodes in an answer; return who may be asked."""
-        closer = []
-        for peer in peers_in(answer.closerPeers, self._host.remote_host(node)):
-            if peer.peer_id == self._host.peer_id or self._is_dead(peer.peer_id):
-                continue
-            if peer.addrs:
-                self._host.add_peer_addrs(peer.peer_id, peer.addrs)
-            elif not self._host.is_connected(peer.peer_id):
-                continue
-            closer.append(peer.peer_id)
-        return closer
-
-    def _group_of(self, node: str) -> str:
-        """Return the part of the network that a node is in, as we or others see it."""
-        host = self._host.remote_host(node)
-        if host is None:
-            for addr in self._host.addrs_of(node):
-                with suppress(BadInput, ValueError):  # a circuit: it may be anywhere
-                    return group_of(tcp_host(addr)[0], node)
-        return group_of(host, node)
-
-    def _is_dead(self, node: str) -> bool:
-        return trio.current_time() - self._dead.get(node, -DEAD_S) < DEAD_S
-
-    def _known_nodes(self) -> list[str]:
-        """Return all DHT nodes known: the routing table, and who is connected."""
-        known = dict.fromkeys(str(peer) for peer in self._dht.routing_table.get_peer_ids())
-        for peer in self._host.connected():
-            if KAD_PROTOCOL in self._host.protocols_of(peer):
-                known[peer] = None
-        alive = [node for node in known if not self._is_dead(node)]
-        return alive or list(known)  # with nobody left, the network may have been ours
+        return await self._walker.look_up(key, find_node(key), start, LOOKUP_TIMEOUT_S)
 
 
 def _random_peer_id() -> bytes:

@@ -32,6 +32,9 @@ ALPHA = 10
 MAX_CANDIDATES = 200
 """Nodes one look-up remembers: ten times those it ends with; the farthest go."""
 
+MAX_ASKED = 100
+"""Nodes one look-up asks: three times what it takes where they answer and name real ones."""
+
 MAX_PER_GROUP = 3
 """Nodes of one group among the closest: with all 20 from one network, its owner could make
 any key's providers disappear; fewer would pass over honest neighbours for nothing."""
@@ -99,6 +102,8 @@ class Lookup:
 
     def next_peer(self) -> str | None:
         """Return the next peer to ask, None if there is nobody to ask at the moment."""
+        if len(self._asked) >= MAX_ASKED:
+            return None
         for peer in self._nearest()[:K]:
             if peer not in self._asked:
                 self._asked.add(peer)
@@ -132,9 +137,16 @@ class Lookup:
 
 
 class Regions:
-    """Parts of the key space whose nodes are known, after look-ups."""
+    """Parts of the key space whose nodes are known, after look-ups.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    is_crowd : callable
+        Tells whether the peers closest to a point were made for it (`crowding`).
+    """
+
+    def __init__(self, is_crowd: Callable[[int, list[str]], bool] = lambda *_: False) -> None:
+        self._is_crowd = is_crowd
         self._known: dict[tuple[int, int], list[str]] = {}
 
     def learn(self, point: int, found: list[str]) -> None:
@@ -151,8 +163,12 @@ class Regions:
         self._known[(depth, point >> (_BITS - depth))] = found
 
     def peers_for(self, point: int) -> list[str] | None:
-        """Return the peers to keep a record at, None where a look-up is needed."""
+        """Return the peers to keep a record at, None where a look-up is needed.
+
+        They are the `K` closest, in a crowd all that are known.
+        """
         for (depth, prefix), found in self._known.items():
             if point >> (_BITS - depth) == prefix:
-                return closest(point, found)
+                chosen = closest(point, found)
+                return found if self._is_crowd(point, chosen) else chosen
         return None

@@ -56,6 +56,7 @@ from .rpc import (
     get_providers,
     id_text,
 )
+from .walker import Walker
 
 log = logging.getLogger(__name__)
 
@@ -216,8 +217,8 @@ class Publisher:
     ----------
     host : Host
         Ours.
-    known_nodes : callable
-        Returns the DHT nodes known at the moment.
+    walker : Walker
+        Knows the DHT nodes of the moment.
     look_up : callable
         Finds the nodes closest to a key.
     clock : callable
@@ -238,7 +239,7 @@ class Publisher:
     def __init__(
         self,
         host: Host,
-        known_nodes: Callable[[], list[str]],
+        walker: Walker,
         look_up: Callable[[bytes], Awaitable[list[str]]],
         *,
         clock: Callable[[], float] = time.time,
@@ -246,7 +247,7 @@ class Publisher:
         file: DhtFile | None = None,
     ) -> None:
         self._host = host
-        self._known_nodes = known_nodes
+        self._walker = walker
         self._look_up = look_up
         self._clock = clock
         self._rng = rng or random.Random()
@@ -363,7 +364,7 @@ class Publisher:
                 self._wake = trio.Event()
                 now = self._clock()
                 pause_s = WAIT_FOR_NODES_S
-                if self._known_nodes():
+                if self._walker.known_nodes():
                     upcoming = self._schedule.next_due()
                     if upcoming is not None and upcoming <= now:
                         await self._publish_round(partial(self._schedule.due, now, KEYS_PER_ROUND))
@@ -380,7 +381,7 @@ class Publisher:
             await trio.sleep(NEWCOMER_PAUSE_S)
             newcomers, self._newcomers = self._newcomers, {}
             for node in newcomers:
-                nodes = self._known_nodes()
+                nodes = self._walker.known_nodes()
                 if node not in nodes:
                     continue  # it has left again
                 keys = await self._keys_of(node, nodes)
@@ -431,7 +432,7 @@ class Publisher:
         gone = [digest for digest in sample if dht_key(digest) not in known]
         self.counters.samples += len(sample)
         self.counters.samples_missing += len(gone)
-        if gone and self._known_nodes():
+        if gone and self._walker.known_nodes():
             most_are_gone = 2 * len(gone) > len(sample)
             log.info("%d of %d announced keys are gone from the DHT", len(gone), len(sample))
             self._schedule.make_due(self._clock(), ours if most_are_gone else gone)
@@ -466,10 +467,10 @@ class Publisher:
 
     async def _nodes_for(self, keys: Sequence[bytes]) -> dict[bytes, list[str]]:
         """Return, for each key, the nodes to keep its record."""
-        nodes = self._known_nodes()
+        nodes = self._walker.known_nodes()
         if len(nodes) <= K:
             return dict.fromkeys(keys, nodes) if nodes else {}
-        regions = Regions()
+        regions = Regions(self._walker.is_crowd)
         found: dict[bytes, list[str]] = {}
         for key in sorted(keys, key=kad_id):
             point = kad_id(key)

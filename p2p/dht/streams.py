@@ -33,8 +33,9 @@ MAX_IDLE_PER_NODE = 2
 MAX_IDLE = 128
 """Streams kept in all; each is a few kilobytes here and there."""
 
-MAX_PARALLEL = 32
-"""Questions open at once: three look-ups at their widest."""
+MAX_PARALLEL = 64
+"""Questions open at once: those of a fetch that looks for four keys, and again for
+as many that some have made crowded."""
 
 
 class DhtStreams:

@@ -13,9 +13,9 @@ from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
 from multiaddr import Multiaddr
 
-from tensorswarm.p2p.dht import discovery as discovery_module
 from tensorswarm.p2p.dht import records as dht_records
 from tensorswarm.p2p.dht import server as dht_server
+from tensorswarm.p2p.dht import walker
 from tensorswarm.p2p.dht.discovery import Provider
 from tensorswarm.p2p.dht.rpc import (
     KAD_PROTOCOL,
@@ -93,7 +93,7 @@ def test_bootstrapping_makes_nodes_known_to_each_other() -> None:
             for _, discovery in net.nodes[1:]:
                 assert discovery.routing_table_size() >= 1
             everybody = {host.peer_id for host, _ in net.nodes}
-            assert {*net.nodes[4][1]._known_nodes(), net.nodes[4][0].peer_id} == everybody
+            assert {*net.nodes[4][1]._walker.known_nodes(), net.nodes[4][0].peer_id} == everybody
 
     run(main)
 
@@ -127,7 +127,7 @@ def test_a_client_asks_and_announces_but_is_never_asked() -> None:
             for other, discovery in net.nodes[:2]:
                 (found,) = await providers(discovery, WANTED)
                 assert found.peer_id == host.peer_id
-                assert host.peer_id not in discovery._known_nodes()
+                assert host.peer_id not in discovery._walker.known_nodes()
                 with pytest.raises(NoSource):
                     await ask(other, host.peer_id, find_node(b"key"), 5)
             assert len(await providers(client, WANTED)) == 0
@@ -246,7 +246,7 @@ def test_bad_nodes_cost_a_search_no_more_than_their_deadline(
     bad: Handler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if bad is stall:  # the others fail by themselves, and nobody has to hurry
-        monkeypatch.setattr(discovery_module, "PEER_TIMEOUT_S", 2)
+        monkeypatch.setattr(walker, "PEER_TIMEOUT_S", 2)
 
     async def main() -> None:
         async with network(2) as net:
@@ -259,7 +259,7 @@ def test_bad_nodes_cost_a_search_no_more_than_their_deadline(
             (found,) = await providers(searcher, WANTED)
             assert found.peer_id == good.peer_id
             # They are left alone for a while, and are in nobody's way.
-            assert searcher._known_nodes() == [good.peer_id]
+            assert searcher._walker.known_nodes() == [good.peer_id]
             outcome = await searcher.announce(digests(3))
             assert len(outcome.confirmed) == 3
 
@@ -273,7 +273,7 @@ def test_a_search_ends_in_time_when_nobody_answers() -> None:
             impostor = await net.impostor(stall)
             await searcher._host.connect(impostor.addrs()[0])
             await searcher.dht.add_node(PeerInfo(ID.from_string(impostor.peer_id), []))
-            with trio.fail_after(discovery_module.PEER_TIMEOUT_S):
+            with trio.fail_after(walker.PEER_TIMEOUT_S):
                 assert await providers(searcher, WANTED, timeout_s=0.05) == []
 
     run(main)

@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from benchmarks.discovery import PATIENCE_S, measure_announcing, measure_crash, network
-from tensorswarm.p2p.dht import discovery, publish, server
+from tensorswarm.p2p.dht import discovery, publish, server, walker
 from tensorswarm.p2p.host import guard
 
 KEYS = 1_000
@@ -21,7 +21,8 @@ KEYS = 1_000
 def _unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give nodes all the time they need for an answer: here they share one processor."""
     for module, name in (
-        (discovery, "PEER_TIMEOUT_S"),
+        (walker, "PEER_TIMEOUT_S"),
+        (walker, "SLOW_S"),
         (discovery, "LOOKUP_TIMEOUT_S"),
         (publish, "OPEN_TIMEOUT_S"),
         (publish, "PROGRESS_TIMEOUT_S"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import trio
 import trio.testing
+from libp2p.crypto.keys import KeyPair
 from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
 
 from tensorswarm.p2p.dht.discovery import Discovery, Provider
@@ -34,11 +35,13 @@ class Network:
         self._nursery = nursery
         self.nodes: list[tuple[Host, Discovery]] = []
 
-    async def host(self) -> Host:
-        return await self._stack.enter_async_context(Host(listen=[HERE]))
+    async def host(self, key_pair: KeyPair | None = None) -> Host:
+        return await self._stack.enter_async_context(Host(key_pair, listen=[HERE]))
 
-    async def join(self, *, server: bool = True, **options: Any) -> tuple[Host, Discovery]:
-        host = await self.host()
+    async def join(
+        self, key_pair: KeyPair | None = None, *, server: bool = True, **options: Any
+    ) -> tuple[Host, Discovery]:
+        host = await self.host(key_pair)
         discovery = Discovery(host, server=server, **options)
         await self._nursery.start(discovery.run)
         if self.nodes:
