@@ -56,8 +56,11 @@ SLOW_S = 1.5
 """Time to get to a key by the straight way, and for each step round a crowd, in seconds: a
 look-up takes 0.1 s where nodes answer. Three of these fit into a round of a search."""
 
-MAX_ASKED_IN_CROWD = KEYS_BESIDE * (MAX_ASKED + K) + MAX_WIDENED
-"""Questions that a crowd round a key costs besides, at most; 120 where nodes answer."""
+LOOK_UPS_ELSEWHERE = 2
+"""Look-ups of random keys where there is a crowd: those made before may have met it, too."""
+
+MAX_ASKED_IN_CROWD = (KEYS_BESIDE + LOOK_UPS_ELSEWHERE) * MAX_ASKED + KEYS_BESIDE * K + MAX_WIDENED
+"""Questions that a crowd round a key costs besides, at most; 160 where nodes answer."""
 
 OnAnswer = Callable[[str, Message], None]
 
@@ -216,8 +219,9 @@ class Walker:
                     self.crowds += 1
                     await self._go_round(key, question, found, on_answer, widely)
                     nursery.cancel_scope.cancel()
-        found = straight.result()
-        return closest(kad_id(key), {*found, *widely}, len(found) + len(widely))
+        found, reach = straight.result(), self._reach.beside(kad_id(key)) or SPAN
+        found += (each for each in widely if peer_kad_id(each) ^ kad_id(key) < reach)
+        return closest(kad_id(key), dict.fromkeys(found), len(found))
 
     def _lookup(self, key: bytes, start: Iterable[str] = ()) -> Lookup:
         return Lookup(key, (*self.known_nodes(), *start), self._host.peer_id, self._group_of)
@@ -269,8 +273,11 @@ class Walker:
 
     async def _ends_in_crowd(self, key: bytes, found: list[str]) -> bool:
         if len(found) >= K and self._reach.beside(kad_id(key)) is None:
-            await self._nodes_near(b"\x12\x20" + self._rng.randbytes(32))
+            await self._nodes_near(self._any_key())
         return self.is_crowd(kad_id(key), found)
+
+    def _any_key(self) -> bytes:
+        return b"\x12\x20" + self._rng.randbytes(32)  # in the form of a peer id
 
     async def _nodes_near(self, key: bytes) -> list[str]:
         """Return the nodes closest to some key, and learn how far they reach."""
@@ -292,7 +299,7 @@ class Walker:
     ) -> None:
         """Ask all over the region of a key; who is there is learned beside it, not from it.
 
-        Adds to `answered` the nodes in reach that answer, as they do.
+        Adds to `answered` who answers, those beside the region included.
         """
         point = kad_id(key)
         reach = self._reach.beside(point) or SPAN
@@ -304,8 +311,7 @@ class Walker:
             closer = await self._answer_of(node, question, on_answer)
             if closer is not None:
                 heard.update(closer)
-                if peer_kad_id(node) ^ point < reach:
-                    answered.append(node)
+                answered.append(node)
 
         async def ask_all(nodes: Iterable[str]) -> None:
             async with trio.open_nursery() as nursery:
@@ -322,6 +328,9 @@ class Walker:
         async with trio.open_nursery() as nursery:
             for near in keys_beside(point, reach, self._rng):
                 nursery.start_soon(ask_beside, near)
+            for _ in range(LOOK_UPS_ELSEWHERE):
+                nursery.start_soon(self._nodes_near, self._any_key())
+        reach = self._reach.beside(point) or SPAN
         # Whom we know has answered us before: of those only heard of, some may be invented.
         known = spread(point, reach, known_before, self._group_of)[: MAX_WIDENED // 2]
         others = spread(point, reach, heard, self._group_of)

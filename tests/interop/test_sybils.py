@@ -1,6 +1,6 @@
 """Identities made for one key, over real sockets: they want its provider not to be found.
 
-Two dozen honest nodes, and among them forty that are nearer to the key than any. These name
+A dozen honest nodes, and among them twenty-one that are nearer to the key than any. These name
 each other to whoever asks, confirm what they are announced and forget it, and then either
 keep silent about providers, or invent some, and nodes, at an address where nobody answers.
 """
@@ -8,7 +8,10 @@ keep silent about providers, or invent some, and nodes, at an address where nobo
 from __future__ import annotations
 
 import os
+import random
+from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 
 import pytest
 import trio
@@ -35,10 +38,10 @@ from tensorswarm.store.cid import dht_key
 from tensorswarm.store.errors import RemoteError
 from tests.support.dht_network import WANTED, Network, network, providers
 
-HONEST = 18
-SYBILS = 26
+HONEST = 12
+SYBILS = 21
 GROUND = 4_000
-PATIENCE_S = 60.0
+PATIENCE_S = 20.0
 KEY = dht_key(WANTED)
 NOWHERE = "/ip4/127.0.0.1/tcp/1"
 
@@ -48,9 +51,10 @@ def key_pair(number: int) -> KeyPair:
     return create_new_key_pair(number.to_bytes(32, "big"))
 
 
+@cache
 def ground_near(point: int) -> list[KeyPair]:
     """Make many identities and keep those nearest to a point."""
-    made = [key_pair(number) for number in range(GROUND)]
+    made = [key_pair(number) for number in range(3, GROUND)]
     made.sort(key=lambda pair: peer_kad_id(str(ID.from_pubkey(pair.public_key))) ^ point)
     return made[:SYBILS]
 
@@ -102,15 +106,17 @@ def _invented(key: bytes) -> bytes:
     )
 
 
-async def crowd_round_the_key(net: Network, nowhere: str | None) -> Crowd:
+async def crowd_round_the_key(
+    net: Network, identities: Sequence[KeyPair], nowhere: str | None
+) -> Crowd:
     """Have Sybils join a network, as servers that honest nodes take into their tables."""
     crowd = Crowd(nowhere)
     entrances = [host.addrs()[0] for host, _ in net.nodes]
-    for number, identity in enumerate(ground_near(kad_id(KEY))):
+    for number, identity in enumerate(identities):
         host = await net.host(identity)
         host.set_handler(KAD_PROTOCOL, crowd.answer)
         crowd.hosts.append(host)
-        for step in range(3):
+        for step in range(2):
             await host.connect(entrances[(number + 7 * step) % len(entrances)])
     everybody = [host.peer_id for host, _ in net.nodes] + [host.peer_id for host in crowd.hosts]
     assert set(closest(kad_id(KEY), everybody)) <= {host.peer_id for host in crowd.hosts}
@@ -131,22 +137,26 @@ def test_a_crowd_round_a_key_does_not_hide_its_provider(
 ) -> None:
     for name in ("PEER_TIMEOUT_S", "SLOW_S"):  # nobody stalls, so nobody needs to hurry
         monkeypatch.setattr(walker, name, PATIENCE_S)
+    identities = ground_near(kad_id(KEY))
 
     async def main() -> None:
         async with network() as net:
             for number in range(HONEST):
                 await net.join(key_pair(GROUND + number))
-            crowd = await crowd_round_the_key(net, NOWHERE if invents else None)
-            host, announcer = await net.join()
+            crowd = await crowd_round_the_key(net, identities, NOWHERE if invents else None)
+            host, announcer = await net.join(key_pair(1), rng=random.Random(1))
             assert (await announcer.announce([WANTED])).confirmed == {WANTED}
             assert crowd.announced > 0
             assert any(each.dht.records.others(KEY) for _, each in net.nodes[:HONEST])
-            searcher_host, searcher = await net.join(server=False)
-            found = await providers(searcher, WANTED, timeout_s=PATIENCE_S)
+            searcher_host, searcher = await net.join(
+                key_pair(2), server=False, rng=random.Random(2)
+            )
+            found = await providers(searcher, WANTED, timeout_s=3 * PATIENCE_S)
             assert host.peer_id in [provider.peer_id for provider in found]
             assert len(found) <= DEFAULT_PROVIDERS
             for each_host, each in ((host, announcer), (searcher_host, searcher)):
                 assert each.statistics()["crowds_met"] > 0
                 assert_bounded(each_host, each, look_ups=4)
 
+    trio.run(main)
     trio.run(main)
