@@ -110,6 +110,11 @@ class Lookup:
                 return peer
         return None
 
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether it has asked as many as it may, and so may be far from its end."""
+        return len(self._asked) >= MAX_ASKED
+
     def answered(self, peer: str, closer: Iterable[str]) -> None:
         """Note an answer and the closer peers in it."""
         self._answered.add(peer)

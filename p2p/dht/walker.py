@@ -10,8 +10,8 @@ Rules
 - A node is asked with a deadline of `PEER_TIMEOUT_S`; one that fails, or has not answered
   within `SLOW_S` when its look-up ends, is left alone for `DEAD_S`.
 - A look-up first goes straight to the key. Where it ends in a crowd, or gets nowhere within
-  `SLOW_S` (invented nodes, at addresses where nobody answers), the region of the key is
-  learned from nodes beside it, and asked all over; then it is over.
+  `SLOW_S` or `lookup.MAX_ASKED` questions (invented nodes, where nobody answers), the region
+  of the key is learned from nodes beside it, and asked all over; then it is over.
 - Questions of one look-up: at most `lookup.MAX_ASKED` straight to the key, and in a crowd
   `MAX_ASKED_IN_CROWD` besides.
 - Only addresses that `addresses.believable` leaves are remembered.
@@ -213,9 +213,10 @@ class Walker:
                 with trio.move_on_after(SLOW_S):
                     await arrived.wait()
                 found = straight.result()
-                if question.kind == FIND_NODE and arrived.is_set():
+                if question.kind == FIND_NODE and arrived.is_set() and not straight.is_exhausted:
                     self._reach.learn(kad_id(key), found)
-                if not arrived.is_set() or await self._ends_in_crowd(key, found):
+                got_nowhere = straight.is_exhausted or not arrived.is_set()
+                if got_nowhere or await self._ends_in_crowd(key, found):
                     self.crowds += 1
                     await self._go_round(key, question, found, on_answer, widely)
                     nursery.cancel_scope.cancel()
@@ -285,7 +286,7 @@ class Walker:
         with trio.move_on_after(SLOW_S):
             await self._go(lookup, find_node(key), lambda _node, _answer: None, arrived)
         found = lookup.result()
-        if arrived.is_set():
+        if arrived.is_set() and not lookup.is_exhausted:
             self._reach.learn(kad_id(key), found)
         return found
 
