@@ -273,9 +273,12 @@ class Walker:
     # ---- past a crowd
 
     async def _ends_in_crowd(self, key: bytes, found: list[str]) -> bool:
-        if len(found) >= K and self._reach.beside(kad_id(key)) is None:
+        point = kad_id(key)
+        if len(found) >= K and self._reach.beside(point) is None:
             await self._nodes_near(self._any_key())
-        return self.is_crowd(kad_id(key), found)
+            if self._reach.beside(point) is None:
+                return True  # that got nowhere: we are surrounded
+        return self._reach.is_crowd(point, found)
 
     def _any_key(self) -> bytes:
         return b"\x12\x20" + self._rng.randbytes(32)  # in the form of a peer id
