@@ -34,6 +34,7 @@ class Engine:
     def __init__(self) -> None:
         self.now = 0.0
         self.event_count = 0
+        self._is_stopped = False
         self._number = 0
         self._slot = 0
         self._present: list[tuple[float, int, Event, tuple[Any, ...]]] = []
@@ -71,10 +72,17 @@ class Engine:
             self._later[slot] = [entry]
             heapq.heappush(self._later_slots, slot)
 
-    def run(self, until: float, is_over: Callable[[], bool]) -> None:
-        """Let events happen until it is over, none is left, or a time has come."""
+    def stop(self) -> None:
+        """Let no event happen after the present one."""
+        self._is_stopped = True
+
+    def run(self, until: float, is_over: Callable[[], bool] | None = None) -> None:
+        """Let events happen until it is over or stopped, none is left, or a time has come."""
         present, pop = self._present, heapq.heappop
-        while not is_over():
+        self._is_stopped = False
+        while not self._is_stopped:
+            if is_over is not None and is_over():
+                return
             if not present:
                 if not self._later_slots:
                     return

@@ -16,7 +16,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from tensorswarm.p2p.control import wire
-from tensorswarm.p2p.swarm.membership import Membership
+from tensorswarm.p2p.swarm.membership import WATCHED, Membership
 from tensorswarm.p2p.swarm.planner import Ask, Cancel, Drop, PassOn, Planner, SourceKind
 from tensorswarm.p2p.swarm.source import Failure, Request, Span
 from tensorswarm.p2p.swarm.upload_slots import UploadSlots, Waiting
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 PROGRESS_S = 1.0
 """How often bytes are reported of a chunk that is still on its way."""
 
-ROSTER = 32
+ROSTER = WATCHED
 """Members by rank that the planner is told of: whoever ranks behind them is as patient as
 it may be (`PlannerLimits.duty_longest_s`)."""
 
@@ -122,7 +122,8 @@ class SimulatedPeer:
         self._offers_at = float("inf")
         self._roster_due = False
         self._roster: list[str] | None = None
-        self._answer = wire.Peers(1, ())
+        self._roster_revision = -1
+        self._answer: wire.Message = wire.Peers(1, ())
         self._answer_until = 0.0
         self.in_flight: dict[tuple[str, int], Request] = {}
         self.wants = world.everything if nature.wants is None else nature.wants
@@ -187,7 +188,8 @@ class SimulatedPeer:
             if not self.membership.is_on_duty(now):
                 asked = min(setup.exchange_asked if is_young else 1, asked)
             for name in self.rng.sample(list(self.neighbours), asked):
-                self.send(self.neighbours[name].peer, wire.GetPeers(1, self.world.key))
+                other = self.neighbours[name].peer
+                self.world.pass_on(self, other, self.world.whom_do_you_know)
         if not is_young:
             self._discover()
         if now > self.nature.starts_at + setup.exchange_s:
@@ -238,8 +240,8 @@ class SimulatedPeer:
                 SourceKind.PEER,
                 makes_offers=self.world.setup.makes_offers,
             )
-        self.send(peer, wire.Want(1, (self.world.digest, self.world.key)))
-        self.send(peer, wire.GetPeers(1, self.world.key))
+        self.world.pass_on(self, peer, self.world.what_do_you_have)
+        self.world.pass_on(self, peer, self.world.whom_do_you_know)
         self._roster_changed()
         self.act_soon()
 
@@ -273,8 +275,12 @@ class SimulatedPeer:
 
     def _tell_roster(self) -> None:
         self._roster_due = False
+        now = self.world.engine.now
+        revision = self.membership.revision(now)
+        if revision == self._roster_revision:
+            return
+        self._roster_revision = revision
         if self.planner is not None and self.world.setup.is_duty_shared:
-            now = self.world.engine.now
             by_name = self.world.by_name
             alike = (
                 name for name in self.membership.on_call(now) if by_name[name].wants == self.wants
@@ -309,8 +315,8 @@ class SimulatedPeer:
             self._answer_until = now + max(self.world.setup.exchange_soon_s, age_s / 8)
             names = self.membership.to_tell(now)
             entries = tuple([wire.PeerEntry(name, ("/sim",)) for name in names])
-            self._answer = wire.Peers(message.request_id, entries)
-        self.send(known.peer, self._answer)
+            self._answer = self.world.read(wire.Peers(message.request_id, entries))
+        self.world.pass_on(self, known.peer, self._answer)
 
     def _offered(self, known: Known, message: wire.Offer) -> None:
         if self.planner is not None:

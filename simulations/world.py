@@ -2,8 +2,8 @@
 
 Messages take `latency_s`; bytes flow through `network`. Everybody who starts finds a few
 others by discovery (as a DHT would name them), dials some of them, and learns of more by
-peer exchange. A message that goes to several neighbours is encoded and decoded once, as
-its bytes are the same for all.
+peer exchange. A message is encoded and decoded once for all who get it, and for all times
+that it is sent: its bytes are the same.
 """
 
 from __future__ import annotations
@@ -25,9 +25,6 @@ from .checker import Checker
 from .engine import Engine, Trace
 from .network import Flow, Link, Network
 from .peer import PROGRESS_S, Nature, SimulatedPeer, chunks_of
-
-MAX_FRAMED = 4096
-"""Messages remembered together with what their frames say."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +146,11 @@ class World:
         Its nodes.
     seed : int
         Replays the run.
+
+    Attributes
+    ----------
+    message_count : int
+        Messages on their way so far, one for each receiver.
     """
 
     def __init__(self, setup: Setup, natures: Sequence[Nature], seed: int) -> None:
@@ -175,9 +177,11 @@ class World:
         self.on_finished: list[Callable[[SimulatedPeer], None]] = []
         self.groups: dict[str, int] = {}
         self._reader = wire.FrameReader()
-        self._framed: dict[wire.Message, wire.Message] = {}
+        self.message_count = 0
         self._offers: dict[int, wire.Message] = {}
         self.passed = self.read(wire.Pass(self.digest))
+        self.whom_do_you_know = self.read(wire.GetPeers(1, self.key))
+        self.what_do_you_have = self.read(wire.Want(1, (self.digest, self.key)))
         self._in_transit: deque[tuple[float, Transfer]] = deque()
         self._is_watching = False
         for peer in self.peers:
@@ -200,7 +204,8 @@ class World:
         was_enabled = gc.isenabled()
         gc.disable()  # nearly nothing is left to it: connections that ended, some 10 kB each
         try:
-            self.engine.run(self.setup.limit_s, lambda: not self.unfinished)
+            if self.unfinished:
+                self.engine.run(self.setup.limit_s)
         finally:
             if was_enabled:
                 gc.enable()
@@ -211,6 +216,8 @@ class World:
         self.trace.note(self.engine.now, 2, peer.index, 0, 0)
         if peer.nature.leaves_at == float("inf"):
             self.unfinished -= 1
+            if not self.unfinished:
+                self.engine.stop()
         if peer.nature.stays_s < float("inf"):
             self.engine.after(peer.nature.stays_s, peer.leave)
         for listener in self.on_finished:
@@ -310,14 +317,14 @@ class World:
         self, sender: SimulatedPeer, receivers: Sequence[SimulatedPeer], message: wire.Message
     ) -> None:
         """Send a message as its frame; who receives it gets what the frame says."""
-        self.engine.after(
-            self.setup.latency_s, self._arrive, sender, receivers, self.framed(message)
-        )
+        self.message_count += len(receivers)
+        self.engine.after(self.setup.latency_s, self._arrive, sender, receivers, self.read(message))
 
     def pass_on(
         self, sender: SimulatedPeer, receiver: SimulatedPeer, received: wire.Message
     ) -> None:
         """Send what a frame says, once it was read."""
+        self.message_count += 1
         self.engine.after(self.setup.latency_s, receiver.receive, sender, received)
 
     def offer_of(self, chunk: int) -> wire.Message:
@@ -326,16 +333,6 @@ class World:
         if offer is None:
             offer = self._offers[chunk] = self.read(wire.Offer(self.digest, chunk))
         return offer
-
-    def framed(self, message: wire.Message) -> wire.Message:
-        """Return what a receiver makes of a message's frame; equal ones are read once."""
-        received = self._framed.get(message)
-        if received is None:
-            received = self.read(message)
-            if len(self._framed) >= MAX_FRAMED:
-                self._framed.clear()
-            self._framed[message] = received
-        return received
 
     def read(self, message: wire.Message) -> wire.Message:
         """Return what a receiver makes of a message's frame."""
@@ -355,6 +352,7 @@ class World:
         self, sender: SimulatedPeer, receivers: Sequence[SimulatedPeer], message: wire.Have
     ) -> None:
         """Send news, of which seldom two are alike; what they name is made out once."""
+        self.message_count += len(receivers)
         received = self.read(message)
         assert isinstance(received, wire.Have)
         for entry in received.entries:

@@ -397,9 +397,12 @@ def take_peer_entry(value: object, what: str) -> PeerEntry:
             and peer_id.isalnum()
             and type(addrs) is tuple
             and len(addrs) <= MAX_PEER_ADDRS
-            and all([_is_multiaddr(addr) for addr in addrs])
         ):
-            return PeerEntry(peer_id, addrs)
+            for addr in addrs:
+                if not _is_multiaddr(addr):
+                    break
+            else:
+                return value if type(value) is PeerEntry else PeerEntry(peer_id, addrs)
     peer_id, addrs = take_fields(value, 2, what)
     return PeerEntry(
         take_peer_id(peer_id, what),

@@ -53,6 +53,9 @@ class MembershipLimits:
     """Members believed on one neighbour's word: half of the table."""
 
 
+WATCHED = 32
+"""Members whose coming and going is noted, the first by rank: more than are ever on duty."""
+
 RENEWED = 1 / 8
 """Part of `hearsay_s` after which it is noted that a member was named again."""
 
@@ -85,6 +88,7 @@ class Membership:
         self.me = me
         self.limits = limits or MembershipLimits()
         self._rng = rng
+        self._revision = 0
         self._my_place = _place_of(key, me)
         self._met: dict[str, None] = {}
         self._hearsay: dict[str, tuple[float, str]] = {}
@@ -102,7 +106,7 @@ class Membership:
             self._forget_hearsay(name)
             if name not in self._met:
                 self._met[name] = None
-                bisect.insort(self._ranked, self._place(name))
+                self._rank(name)
             self._failed.pop(name, None)
 
     def left(self, now: float, name: str) -> None:
@@ -137,7 +141,7 @@ class Membership:
             if len(hearsay) < limits.max_members or self._make_room(name):
                 hearsay[name] = told
                 self._tellers[teller] = self._tellers.get(teller, 0) + 1
-                bisect.insort(self._ranked, self._place(name))
+                self._rank(name)
 
     def _make_room(self, name: str) -> bool:
         """Forget hearsay for somebody who ranks among the first: all must know these."""
@@ -155,7 +159,9 @@ class Membership:
         return _place_of(self.key, name)
 
     def _forget_met(self, name: str) -> None:
-        self._finished.pop(name, None)
+        if name in self._finished:
+            del self._finished[name]
+            self._revision += 1
         if name in self._met:
             del self._met[name]
             self._unrank(name)
@@ -168,8 +174,22 @@ class Membership:
             if not self._tellers[known[1]]:
                 del self._tellers[known[1]]
 
+    def _rank(self, name: str) -> None:
+        bisect.insort(self._ranked, place := self._place(name))
+        self._note_change(place)
+
     def _unrank(self, name: str) -> None:
-        del self._ranked[bisect.bisect_left(self._ranked, self._place(name))]
+        place = self._place(name)
+        del self._ranked[bisect.bisect_left(self._ranked, place)]
+        self._note_change(place)
+
+    def _note_change(self, place: tuple[int, str]) -> None:
+        ranked = self._ranked
+        if (
+            len(ranked) <= WATCHED + len(self._finished)
+            or place <= ranked[WATCHED + len(self._finished)]
+        ):
+            self._revision += 1
 
     def _forget_stale(self, now: float) -> None:
         """Forget what nobody has said for long."""
@@ -188,8 +208,14 @@ class Membership:
 
     def finished(self, name: str) -> None:
         """Note a member that has everything: it serves, but does no duty any more."""
-        if name in self._met:
+        if name in self._met and name not in self._finished:
             self._finished[name] = None
+            self._revision += 1
+
+    def revision(self, now: float) -> int:
+        """Return a number that changes when the first `WATCHED` of `on_call` do."""
+        self._forget_stale(now)
+        return self._revision
 
     def on_call(self, now: float) -> Iterator[str]:
         """Yield the members that still download, as far as we know, the first by rank first."""
