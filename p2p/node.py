@@ -257,6 +257,7 @@ class Node:
             self._host.start_soon,
             is_relayed=self._host.is_relayed,
             is_punched=self._puncher.is_punched,
+            is_shut=self._puncher.is_shut,
             held_until=self._puncher.held_until,
             seen_at=self.neighbours.seen_at,
             limiter=self.download_limiter,

@@ -8,8 +8,8 @@ through a hole punched in two NATs.
 Rules
 - A bulk plane that could not be reached is left alone for `UNREACHABLE_S`, by all fetches
   of the node; meanwhile the peer is asked over streams at once.
-- What is known to have come through a punched hole is asked over streams at once, too: its
-  NAT lets nobody in at the port of its bulk plane.
+- Who was found through a relay is asked over streams at once, too, though it is connected
+  directly now: nobody can dial it, so nobody reaches the port of its bulk plane either.
 - A peer behind a relay may become directly reachable any moment. Until `held_until` its bytes
   wait for that; whoever listens in `changed` hears when it is settled, either way.
 - Bulk addresses are a peer's claims. Tried are those no more private than the address at
@@ -78,6 +78,8 @@ class Routes:
         From a peer id to whether all connections to it lead through a relay.
     is_punched : callable
         From a peer id to whether the connection to it goes through a punched hole.
+    is_shut : callable
+        From a peer id to whether it can be dialled at no port.
     held_until : callable
         From a peer id to when its bytes need not wait any longer for a better way.
     seen_at : callable
@@ -99,6 +101,7 @@ class Routes:
         start_soon: Callable[[Callable[[], Awaitable[object]]], object],
         is_relayed: Callable[[str], bool] = lambda _peer_id: False,
         is_punched: Callable[[str], bool] = lambda _peer_id: False,
+        is_shut: Callable[[str], bool] = lambda _peer_id: False,
         held_until: Callable[[str], float] = lambda _peer_id: 0.0,
         seen_at: Callable[[str], str | None] = lambda _peer_id: None,
         limiter: RateLimiter | None = None,
@@ -109,6 +112,7 @@ class Routes:
         self._start_soon = start_soon
         self._is_relayed = is_relayed
         self._is_punched = is_punched
+        self._is_shut = is_shut
         self.held_until = held_until
         self._seen_at = seen_at
         self._limiter = limiter
@@ -119,7 +123,7 @@ class Routes:
         self, now: float, peer_id: str, sink: Sink, report: Report
     ) -> tuple[Via, SourceWorker]:
         """Return a worker for a peer, and the way it takes."""
-        is_out = self._is_unreachable(now, peer_id) or self._is_punched(peer_id)
+        is_out = self._is_unreachable(now, peer_id) or self._is_shut(peer_id)
         addresses = [] if is_out else self._bulk_addresses(peer_id)
         if addresses:
             return Via.BULK, PeerSource(

@@ -17,7 +17,8 @@ Rules
   connection may have just ended there (TIME_WAIT), a firewall may want other ports, or the
   peer has dialled us from its listening port at the same moment, so that TCP made one
   connection of two dials and nobody is its server.
-- Nothing leaves from the listening port for this machine itself: no NAT is in between.
+- Only what goes to the Internet leaves from the listening port: elsewhere no NAT is in between
+  that matters.
 
 Not here: who asks to be told our address, and who is believed (`reach.observed`).
 """
@@ -106,9 +107,8 @@ class OwnPort:
 
     async def try_dial(self, addr: str, peer_id: ID) -> bool:
         """Connect to a peer from our own port, if that is of use; tell whether it worked."""
-        if scope_of(tcp_host(addr)[0]) is Scope.LOOPBACK or self.source_for(addr) is None:
-            return False
-        if len(self.observers()) >= OBSERVERS:
+        is_far = scope_of(tcp_host(addr)[0]) is Scope.GLOBAL
+        if not is_far or self.source_for(addr) is None or len(self.observers()) >= OBSERVERS:
             return False
         try:
             with trio.fail_after(CONNECT_TIMEOUT_S):

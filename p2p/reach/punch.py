@@ -119,6 +119,7 @@ class Puncher:
         self._shaking: Counter[str] = Counter()  # handshakes under way
         self._identified: dict[str, trio.Event] = {}
         self._punched: set[str] = set()
+        self._shut: set[str] = set()
         self.settled: list[Callable[[str], object]] = []
         client.dialled.append(self._after_dialling)
         client.taken_in.append(self._after_taking_in)
@@ -131,6 +132,10 @@ class Puncher:
     def is_punched(self, peer_id: str) -> bool:
         """Tell whether the direct connection to a peer goes through a punched hole."""
         return peer_id in self._punched and self._host.is_connected(peer_id)
+
+    def is_shut(self, peer_id: str) -> bool:
+        """Tell whether a peer can be dialled at no other port: it was found through a relay."""
+        return peer_id in self._shut and self._host.is_connected(peer_id)
 
     def held_until(self, peer_id: str) -> float:
         """Return until when bytes should wait for a direct connection to a peer."""
@@ -174,7 +179,8 @@ class Puncher:
         for table in tables:
             for gone in [each for each in table if not self._host.is_connected(each)]:
                 del table[gone]
-        self._punched = {each for each in self._punched if self._host.is_connected(each)}
+        for peers in (self._punched, self._shut):
+            peers.difference_update([each for each in peers if not self._host.is_connected(each)])
         self._dialled[peer_id] = we_dialled
         now = trio.current_time()
         if self._back_offs.may_try(now, peer_id) and self._host.is_relayed(peer_id):
@@ -192,6 +198,8 @@ class Puncher:
         if peer_id in self._arrivals:
             self._arrivals[peer_id].set()
         we_dialled = self._dialled.pop(peer_id)
+        if we_dialled or peer_id in self._punched:
+            self._shut.add(peer_id)
         _log.info("%s is connected directly now", peer_id)
         self._back_offs.succeeded(peer_id)
         self._refusals.succeeded(peer_id)

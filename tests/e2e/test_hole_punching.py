@@ -62,6 +62,12 @@ def test_two_natted_nodes_get_a_direct_connection(
     assert relay.received_bytes() - before < MAY_BE_RELAYED_BYTES
     assert b.run("verify", "--store", tmp_path / "new", "--json").exit_code == 0
 
+    public = net.place("c")  # who can be dialled is dialled, and nothing has to be punched
+    done = public.run(*fetch, "--store", tmp_path / "public")
+    assert done.exit_code == 0, done
+    assert done.sources()[seed.peer_id]["via"] == "stream"
+    assert relay.received_bytes() - before < MAY_BE_RELAYED_BYTES
+
     peers = b.run("peers", "--store", tmp_path / "new", "--json", "--bootstrap", relay_node.addr)
     via = {peer["peer_id"]: peer["via"] for peer in peers.document["peers"]}
     assert via == {relay_node.peer_id: "direct", seed.peer_id: "punched"}
