@@ -147,7 +147,15 @@ class OwnPort:
             sock.close()
             raise
 
-    async def upgrade(self, raw: RawConnection, addr: str, peer_id: ID, *, as_client: bool) -> None:
+    async def upgrade(
+        self,
+        raw: RawConnection,
+        addr: str,
+        peer_id: ID,
+        *,
+        as_client: bool,
+        timeout_s: float = UPGRADE_TIMEOUT_S,
+    ) -> None:
         """Shake hands on a TCP connection and hand it over to libp2p; closes it on failure.
 
         Raises
@@ -156,7 +164,7 @@ class OwnPort:
             Whatever libp2p raises; `NoSource` when another peer is there.
         """
         try:
-            with trio.fail_after(UPGRADE_TIMEOUT_S):
+            with trio.fail_after(timeout_s):
                 if as_client:
                     protected = host_guard.protected(self._swarm, raw)
                     await self._swarm.upgrade_outbound_raw_conn(protected, peer_id)

@@ -48,8 +48,9 @@ MAX_AT_ONCE = 8
 """Peers with whom an upgrade is tried at once; others stay on the relay."""
 
 ATTEMPT_S = 5.0
-"""Seconds from dialling to the handshake's end: a first packet that a NAT dropped is
-repeated after one second, and after three."""
+"""Seconds to dial, and again for the handshake: a first packet that a NAT dropped is repeated
+after one second, and after three. A connection on which both wait for the other to speak must
+be gone before the next attempt, which would not get past it."""
 
 UPGRADE_S = 60.0
 """Seconds for everything with one peer: three attempts and their messages."""
@@ -111,7 +112,7 @@ class Puncher:
         self._refusals = BackOffs()  # of peers whose own attempts came to nothing
         self._in_vain: Counter[str] = Counter()
         self._beginning: set[str] = set()
-        self._answering: set[str] = set()
+        self._answering: dict[str, trio.CancelScope] = {}
         self._dialled: dict[str, bool] = {}  # peers met through a relay: whether we dialled
         self._held_until: dict[str, float] = {}
         self._arrivals: dict[str, trio.Event] = {}  # of direct connections awaited
@@ -247,12 +248,21 @@ class Puncher:
     async def _try_all(self, peer_id: str) -> None:
         await self._wait_identified(peer_id)
         await self._reverse(peer_id)
+        speaks = self._host.protocols_of(peer_id)
+        if self._host.is_relayed(peer_id) and speaks and DCUTR_PROTOCOL not in speaks:
+            raise NoSource("it knows nothing of hole punching")
+        failure: RemoteError | None = None
         for _ in range(dcutr.ATTEMPTS):
             if not self._host.is_relayed(peer_id):
                 return
-            await self._begin(peer_id)
+            try:
+                await self._begin(peer_id)
+            except RemoteError as error:
+                failure = error
             if self._host.is_relayed(peer_id):
                 self._settle(peer_id)  # bytes need not wait for the next attempts
+        if failure is not None:
+            raise failure
 
     async def _wait_identified(self, peer_id: str) -> None:
         if self._host.protocols_of(peer_id):
@@ -277,6 +287,7 @@ class Puncher:
             raise NoSource("nobody says where we are seen")
         stream = await self._host.open_stream(peer_id, DCUTR_PROTOCOL, MESSAGE_TIMEOUT_S)
         try:
+            self._knocking.add(peer_id)
             messages = MessageStream(stream)
             beginner = Beginner(own)
             await messages.write_bytes(dcutr.encode(beginner.connect(trio.current_time())))
@@ -287,6 +298,8 @@ class Puncher:
         except BaseException:
             stream.abort()
             raise
+        finally:
+            self._knocking.discard(peer_id)
         await stream.aclose()
 
     # ---- A: who has dialled through the relay answers
@@ -296,27 +309,47 @@ class Puncher:
         now = trio.current_time()
         if not self._host.is_relayed(peer_id) or not self._refusals.may_try(now, peer_id):
             raise NoSource("there is nothing to punch, or it has been tried")
-        if peer_id in self._answering or len(self._answering) >= MAX_AT_ONCE:
+        earlier = self._answering.get(peer_id)
+        if earlier is not None:
+            earlier.cancel()  # it begins anew, before we have seen that this one is over
+        elif len(self._answering) >= MAX_AT_ONCE:
             raise NoSource("too many at once")
-        self._answering.add(peer_id)
-        try:
-            with trio.move_on_after(UPGRADE_S):
+        with trio.move_on_after(UPGRADE_S) as scope:
+            self._answering[peer_id] = scope
+            try:
                 await self._answer_all(peer_id, MessageStream(stream))
-        finally:
-            self._answering.discard(peer_id)
+            finally:
+                if self._answering.get(peer_id) is scope:
+                    del self._answering[peer_id]
 
     async def _answer_all(self, peer_id: str, messages: MessageStream) -> None:
         answerer = Answerer(await self._observers.own_addrs())
-        while self._host.is_relayed(peer_id):
-            message = dcutr.parse(await messages.read_bytes("CONNECT or SYNC"))
-            step = answerer.receive(trio.current_time(), message)
-            if isinstance(step, Dial):
-                await self._knock(peer_id, step)
-                if self._host.is_relayed(peer_id):
-                    self._settle(peer_id)
-                    self._count_in_vain(peer_id)
-            else:
+        expected = self._host.door.expected
+        places: set[tuple[str, int]] = set()
+        self._knocking.add(peer_id)
+        try:
+            for _ in range(2 * dcutr.ATTEMPTS):  # each is a CONNECT and a SYNC
+                if not self._host.is_relayed(peer_id):
+                    return
+                message = dcutr.parse(await messages.read_bytes("CONNECT or SYNC"))
+                step = answerer.receive(trio.current_time(), message)
+                if isinstance(step, Dial):
+                    await self._knock_as_client(peer_id, step)
+                    continue
+                # It may dial us as soon as it has our answer, and before we dial it.
+                places |= {tcp_host(addr) for addr in of_scope(message.addrs, self._innermost)}
+                expected.update(dict.fromkeys(places, peer_id))
                 await messages.write_bytes(dcutr.encode(step))
+        finally:
+            self._knocking.discard(peer_id)
+            for place in places:
+                expected.pop(place, None)
+
+    async def _knock_as_client(self, peer_id: str, dial: Dial) -> None:
+        await self._knock(peer_id, dial)
+        if self._host.is_relayed(peer_id):
+            self._settle(peer_id)
+            self._count_in_vain(peer_id)
 
     def _count_in_vain(self, peer_id: str) -> None:
         """Note an attempt of a peer that led nowhere; after a few it has to wait."""
@@ -332,17 +365,8 @@ class Puncher:
         addrs = of_scope(dial.addrs, self._innermost)
         if not addrs:
             raise NoSource("it names no address that could be dialled")
-        expected = self._host.door.expected
-        places = {tcp_host(addr) for addr in addrs} if dial.as_client else set()
-        expected.update(dict.fromkeys(places, peer_id))
-        self._knocking.add(peer_id)
-        try:
-            await trio.sleep_until(dial.at)
-            await self._race(peer_id, addrs, KNOCK_PAUSES_S, as_client=dial.as_client)
-        finally:
-            self._knocking.discard(peer_id)
-            for place in places:
-                expected.pop(place, None)
+        await trio.sleep_until(dial.at)
+        await self._race(peer_id, addrs, KNOCK_PAUSES_S, as_client=dial.as_client)
 
     async def _race(
         self, peer_id: str, addrs: Sequence[str], pauses_s: Sequence[float], *, as_client: bool
@@ -388,7 +412,9 @@ class Puncher:
         """Make a TCP connection one of libp2p's; not to be cancelled when one has arrived."""
         try:
             target = ID.from_string(peer_id)
-            await self._host.own_port.upgrade(raw, addr, target, as_client=as_client)
+            await self._host.own_port.upgrade(
+                raw, addr, target, as_client=as_client, timeout_s=ATTEMPT_S
+            )
         except Exception as error:  # libp2p's layers each have their own kinds
             _log.debug("%s at %s: %s: %s", peer_id, addr, type(error).__name__, error)
         finally:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import NoReturn
 
 import pytest
 import trio
+from libp2p.custom_types import TProtocol
 from libp2p.peer.id import ID
+from libp2p.relay.circuit_v2.dcutr import DCUtRProtocol
 
 from tensorswarm.p2p.host.addresses import (
     PeerAddress,
@@ -62,9 +65,9 @@ class Scene:
 
 
 @asynccontextmanager
-async def scene(
-    listen: str | None = HERE, innermost: Scope = Scope.LOOPBACK, key: bytes | None = None
-) -> AsyncIterator[Scene]:
+async def scene_hosts(
+    listen: str | None = HERE, key: bytes | None = None
+) -> AsyncIterator[tuple[Host, Host, Host]]:
     listening = [listen] if listen else []
     async with (
         Host(listen=[HERE], network_key=key) as relay,
@@ -72,6 +75,14 @@ async def scene(
         Host(listen=listening, network_key=key) as other,
     ):
         await hidden.connect(relay.addrs()[0])
+        yield relay, hidden, other
+
+
+@asynccontextmanager
+async def scene(
+    listen: str | None = HERE, innermost: Scope = Scope.LOOPBACK, key: bytes | None = None
+) -> AsyncIterator[Scene]:
+    async with scene_hosts(listen, key) as (relay, hidden, other):
         yield Scene(relay, hidden, other, innermost)
 
 
@@ -167,6 +178,65 @@ def test_another_peer_than_expected_is_not_taken() -> None:
             await assert_serves(b)
 
     run(main)
+
+
+# ---- with another implementation: py-libp2p's own, which its authors hold against Go and Rust
+
+
+@asynccontextmanager
+async def three() -> AsyncIterator[tuple[Host, Host, Host]]:
+    """A relay, a host behind it, and one that looks for that."""
+    async with scene_hosts() as (relay, hidden, other):
+        RelayServer(relay).start()
+        yield relay, hidden, other
+
+
+async def connect_through(relay: Host, hidden: Host, client: RelayClient, other: Host) -> None:
+    await client.reserve(relay.peer_id)
+    circuit = circuit_through(parse_peer_address(relay.addrs()[0]))
+    await other.connect_peer(PeerAddress(hidden.peer_id, (circuit,)))
+    assert other.is_relayed(hidden.peer_id)
+
+
+def test_another_implementation_answers_us(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our own packets are dropped, as by its NAT: it would not know what to do with them."""
+
+    async def dropped(_addr: str) -> NoReturn:
+        raise ConnectionRefusedError
+
+    async def main() -> None:
+        async with three() as (relay, hidden, other):
+            client = RelayClient(hidden)
+            RelayClient(other)
+            puncher = Puncher(hidden, client, innermost=Scope.LOOPBACK)
+            monkeypatch.setattr(hidden.own_port, "connect", dropped)
+            theirs = DCUtRProtocol(other.libp2p)
+            protocol = TProtocol(DCUTR_PROTOCOL)
+            other.libp2p.set_stream_handler(protocol, theirs._handle_dcutr_stream)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(settled, puncher, other.peer_id)
+                await connect_through(relay, hidden, client, other)
+            assert puncher.is_punched(other.peer_id)
+            assert not other.is_relayed(hidden.peer_id)
+
+    run(main)
+
+
+def test_another_implementation_begins_and_we_answer() -> None:
+    async def main() -> None:
+        async with three() as (relay, hidden, other):
+            client = RelayClient(hidden)
+            puncher = Puncher(other, RelayClient(other), innermost=Scope.LOOPBACK)
+            await connect_through(relay, hidden, client, other)
+            theirs = DCUtRProtocol(hidden.libp2p)
+            assert await theirs.initiate_hole_punch(ID.from_string(other.peer_id))
+            assert puncher.is_punched(hidden.peer_id)
+            assert not hidden.is_relayed(other.peer_id)
+
+    run(main)
+
+
+# ---- peers of ill will
 
 
 async def begin(it: Scene, *messages: bytes) -> bytes:
