@@ -280,6 +280,35 @@ class EvilPeer(Node):
         self.stdin.flush()
 
 
+class Member(Process):
+    """`tests.support.swarm_member` in a process of its own.
+
+    Parameters
+    ----------
+    store : Path
+        Its store.
+    model, bootstrap, origin : str
+        What it fetches, whom it meets first, and where the bytes are.
+    others : int
+        How many others want the same.
+    """
+
+    def __init__(self, store: Path, model: str, bootstrap: str, origin: str, others: int) -> None:
+        module = [sys.executable, "-m", "tests.support.swarm_member"]
+        super().__init__([*module, str(store), model, bootstrap, origin, str(others)])
+
+    def wait_said(self, word: str) -> dict[str, Any]:
+        """Wait until it has said something, and return that line."""
+        said = json.loads(self.wait_line(lambda line: f'"{word}"' in line))
+        assert isinstance(said, dict)
+        return said
+
+    def go_on(self) -> None:
+        """Say the word that it waits for."""
+        self.stdin.write("\n")
+        self.stdin.flush()
+
+
 @dataclass(frozen=True)
 class LoggedRequest:
     """A line of nginx's access log, written when a request has ended."""
@@ -435,6 +464,14 @@ class Processes:
         peer = self.start_evil_peer(store, *arguments, bootstrap=bootstrap)
         peer.wait_ready()
         return peer
+
+    def start_member(
+        self, store: Path, model: str, *, bootstrap: str, origin: str, others: int
+    ) -> Member:
+        """Start a member of a swarm; `Member.wait_said` waits for it."""
+        member = Member(store, model, bootstrap, origin, others)
+        self._stack.callback(member.close)
+        return member
 
     def start_fetch(
         self,
