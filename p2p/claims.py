@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from tensorswarm.store.runs import runs_in
 from tensorswarm.store.wanted import Wanted
 
 from .control import wire
@@ -67,11 +68,5 @@ def by_manifest(wanted: Wanted, message: wire.HaveModel) -> Claims:
 
 
 def _runs(indices: list[int]) -> list[range]:
-    runs: list[range] = []
-    start = stop = -1
-    for index in sorted(indices):
-        if index != stop:
-            runs.append(range(start, stop))
-            start = index
-        stop = index + 1
-    return [run for run in (*runs, range(start, stop)) if run]
+    indices.sort()
+    return [range(indices[start], indices[stop - 1] + 1) for start, stop in runs_in(indices)]

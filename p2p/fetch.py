@@ -33,6 +33,7 @@ from tensorswarm.store.export import export_files, select, whole_files
 from tensorswarm.store.manifest import MAX_MANIFEST_BYTES, Manifest, ObjectRef
 from tensorswarm.store.object_table import ObjectTable
 from tensorswarm.store.order import urgency
+from tensorswarm.store.runs import runs_in
 from tensorswarm.store.wanted import Wanted
 
 from .chunk_lists import ChunkLists
@@ -282,8 +283,9 @@ class Fetch:
     ) -> None:
         """Bring objects into the store, and account for them in `result`."""
         indices = [index for index in indices if table.sizes[index]]
-        for index in indices:
-            result.bytes_total += table.sizes[index] + _list_bytes(table.sizes[index])
+        sizes = [table.sizes[index] for index in indices]
+        result.bytes_total += sum(sizes)
+        result.bytes_total += sum([_list_bytes(size) for size in sizes if size > CHUNK_SIZE])
         missing = await trio.to_thread.run_sync(self._missing, table, indices)
         if not missing:
             self._account(result, None)
@@ -315,8 +317,11 @@ class Fetch:
         missing = array("q")
         for start in range(0, len(indices), LOOK_UP_AT_ONCE):
             part = indices[start : start + LOOK_UP_AT_ONCE]
-            here = self._store.sizes([table.digest(index) for index in part])
-            missing.extend([index for index in part if table.digest(index) not in here])
+            digests: list[bytes] = []
+            for first, stop in runs_in(part):
+                digests += table.digests(part[first], part[stop - 1] + 1)
+            here = self._store.sizes(digests)
+            missing.extend([i for i, each in zip(part, digests, strict=True) if each not in here])
         return missing
 
     def _download(

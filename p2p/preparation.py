@@ -96,7 +96,7 @@ class Preparation:
             download.make_ready(portion, await self._prepare(portion))
 
     async def _prepare(self, indices: Sequence[int]) -> dict[int, bytes]:
-        refs = [self._wanted.ref(index) for index in indices]
+        refs = self._wanted.refs(indices)
         needed = {
             ref.chunk_list: DIGEST_SIZE * chunk_count(ref.size_bytes)
             for ref in refs

@@ -54,7 +54,14 @@ from .manifest_rows import (
     Recipe,
     RecipeSpec,
 )
-from .manifest_rules import check_objects, check_parts, check_recipes, check_tensors, in_file_order
+from .manifest_rules import (
+    check_objects,
+    check_parts,
+    check_recipes,
+    check_tensors,
+    in_file_order,
+    rows_of,
+)
 from .names import check_paths, quoted
 from .object_table import EncodedRows, ObjectRef, ObjectTable
 
@@ -109,7 +116,7 @@ class Manifest:
         is_in_order = True
         for entry in self.files:
             try:
-                tensors = tuple(entry.tensors)
+                tensors = rows_of(entry.tensors)
                 check_parts(entry, sizes, used)
                 check_tensors(tensors, sizes, used, len(self.objects))
                 is_in_order = is_in_order and in_file_order(entry.parts, tensors, sizes)

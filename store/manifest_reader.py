@@ -101,7 +101,7 @@ class Reader:
         table = ObjectTable()
         previous = b""
         for start in range(0, count, BLOCK_ROWS):
-            rows = [self._object() for _ in range(min(BLOCK_ROWS, count - start))]
+            rows = self._object_rows(min(BLOCK_ROWS, count - start))
             previous = check_objects(rows, start, previous)
             table.extend(rows)
         return table
@@ -122,13 +122,15 @@ class Reader:
         inputs = self._integers(self._array(MAX_INPUTS, "inputs"), "inputs")
         return Recipe(digest, size_bytes, kind, parameters, inputs)
 
-    def _object(self) -> ObjectRef:
-        row = self._row()
-        if type(row) is not tuple or len(row) != 3:
-            raise BadInput("an object does not have 3 fields")
-        if type(row[0]) is not bytes or type(row[1]) is not int or type(row[2]) is not bytes:
-            raise BadInput("an object is not a digest, a size and a chunk list")
-        return ObjectRef(*row)
+    def _object_rows(self, count: int) -> list[ObjectRef]:
+        """Read objects; what is wrong with one is told by looking at each."""
+        row = self._row
+        rows = [row() for _ in range(count)]
+        if {*map(type, rows)} == {tuple} and {*map(len, rows)} == {3}:
+            kinds = [{*map(type, column)} for column in zip(*rows, strict=True)]
+            if kinds == [{bytes}, {int}, {bytes}]:
+                return rows  # plain tuples do: the table keeps columns
+        return list(map(_object, rows))
 
     def _file(self) -> FileEntry:
         self._tuple(5, "file")
@@ -162,6 +164,15 @@ class Reader:
         if any(type(value) is not int for value in values):
             raise BadInput(f"{what} that are not integers")
         return values
+
+
+def _object(row: Any) -> ObjectRef:
+    """Return an object as it stands in a manifest."""
+    if type(row) is not tuple or len(row) != 3:
+        raise BadInput("an object does not have 3 fields")
+    if type(row[0]) is not bytes or type(row[1]) is not int or type(row[2]) is not bytes:
+        raise BadInput("an object is not a digest, a size and a chunk list")
+    return ObjectRef(*row)
 
 
 def _tensor_of_row(row: Any) -> NamedTensor:

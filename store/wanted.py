@@ -32,6 +32,7 @@ from .incoming import ChunkMismatch, Finished, Incoming, Kept
 from .object_table import ObjectRef, ObjectTable
 from .objects import INLINE_LIMIT
 from .records import head_of
+from .runs import runs_in
 
 if TYPE_CHECKING:
     from .receiving import Receiver
@@ -123,20 +124,33 @@ class Wanted:
         return self._table.chunk_list(self._indices[index])
 
     def many(self, indices: Sequence[int]) -> tuple[Sequence[bytes], Sequence[int]]:
-        """Return digests and sizes of objects; those of a run in one go."""
-        if len(indices) > 1 and list(indices) == list(range(indices[0], indices[-1] + 1)):
-            first, last = self._indices[indices[0]], self._indices[indices[-1]]
-            if last - first == len(indices) - 1:
-                return self._table.digests(first, last + 1), self._table.sizes[first : last + 1]
-        return [self.digest(i) for i in indices], [self.size_bytes(i) for i in indices]
+        """Return digests and sizes of objects; those that lie side by side in one go."""
+        places = [self._indices[index] for index in indices]
+        digests: list[bytes] = []
+        sizes: list[int] = []
+        for start, stop in runs_in(places):
+            first, end = places[start], places[stop - 1] + 1
+            digests += self._table.digests(first, end)
+            sizes += self._table.sizes[first:end]
+        return digests, sizes
 
     def ref(self, index: int) -> ObjectRef:
         """Return an object's digest, size, and chunk list's digest."""
         return self._table[self._indices[index]]
 
+    def refs(self, indices: Sequence[int]) -> list[ObjectRef]:
+        """Return what `ref` does for many; those that lie side by side in one go."""
+        places = [self._indices[index] for index in indices]
+        found: list[ObjectRef] = []
+        for start, stop in runs_in(places):
+            found += self._table[places[start] : places[stop - 1] + 1]
+        return found
+
     def sizes(self) -> array[int]:
         """Return all sizes in bytes."""
         sizes = self._table.sizes
+        if len(self._indices) == len(sizes):
+            return sizes[:]
         return array("q", [sizes[index] for index in self._indices])
 
     def find(self, digest: bytes) -> int:
@@ -159,14 +173,8 @@ class Wanted:
 
     def runs(self) -> list[tuple[int, int]]:
         """Return the runs of wanted objects in the table: the first, and the one after the last."""
-        found: list[tuple[int, int]] = []
-        start = stop = -1
-        for index in self._indices:
-            if index != stop:
-                found.append((start, stop))
-                start = index
-            stop = index + 1
-        return [*found[1:], (start, stop)] if stop >= 0 else []
+        indices = self._indices
+        return [(indices[start], indices[stop - 1] + 1) for start, stop in runs_in(indices)]
 
     # ---- before it comes
 
@@ -205,19 +213,20 @@ class Wanted:
             An object is here, and has another size.
         """
         todo = [index for index in indices if self._states[index] in (_IDLE, _READY)]
-        refs = [self.ref(index) for index in todo]
+        refs = self.refs(todo)
         lists = [self._list_of(ref, chunk_lists) for ref in refs]
         begun = self._receiver.take_up(list(zip(refs, lists, strict=True)), self._begun)
-        for index, incoming, chunk_list in zip(todo, begun, lists, strict=True):
+        with self._changed:
+            for index, incoming, chunk_list in zip(todo, begun, lists, strict=True):
+                if incoming is None and self._states[index] in (_IDLE, _READY):
+                    if chunk_list:
+                        self._lists[index] = chunk_list
+                    self._states[index] = _READY
+        for index, incoming in zip(todo, begun, strict=True):
             if incoming is not None:
                 self._take_up(index, incoming)
-                continue
-            with self._changed:
-                if chunk_list:
-                    self._lists[index] = chunk_list
-                self._states[index] = _READY
-        self._copy_from_relatives(todo)
-        proved = {index: self.proved(index) for index in todo}
+        self._copy_from_relatives(todo, refs, lists)
+        proved = {index: self.proved(index) for index in todo if self._states[index] != _READY}
         return {index: bits for index, bits in proved.items() if any(bits)}
 
     def _list_of(self, ref: ObjectRef, chunk_lists: Mapping[bytes, bytes]) -> bytes:
@@ -234,14 +243,15 @@ class Wanted:
             )
         return data
 
-    def _copy_from_relatives(self, indices: Iterable[int]) -> None:
+    def _copy_from_relatives(
+        self, indices: Sequence[int], refs: Sequence[ObjectRef], lists: Sequence[bytes]
+    ) -> None:
         """Fill objects with what older forms of them have, which begin with the same chunk."""
-        heads: dict[int, int] = {}
-        for index in indices:
-            incoming = self._open.get(index)
-            chunk_list = self._lists.get(index, b"") if incoming is None else incoming.chunk_list
-            if chunk_list and self.missing_bytes(index):
-                heads[index] = head_of(self.digest(index), chunk_list)
+        heads = {
+            index: head_of(ref.digest, chunk_list)
+            for index, ref, chunk_list in zip(indices, refs, lists, strict=True)
+            if chunk_list and (self._states[index] == _READY or self.missing_bytes(index))
+        }
         relatives = self._receiver.relatives(set(heads.values()))
         found = [self._begin(index) for index, head in heads.items() if head in relatives]
         self._receiver.copy_from_relatives([each for each in found if each is not None])
@@ -341,12 +351,12 @@ class Wanted:
             return Kept.WRONG
         return Kept.NEW if is_new else Kept.KNOWN
 
-    def write_small(self, parts: Sequence[tuple[int, memoryview]]) -> list[Kept]:
+    def write_small(self, parts: Sequence[tuple[int, bytes | memoryview]]) -> list[Kept]:
         """Verify whole small objects, and keep those that are right, in one go.
 
         Parameters
         ----------
-        parts : sequence of (int, memoryview)
+        parts : sequence of (int, bytes or memoryview)
             Objects of at most `INLINE_LIMIT` bytes, and what came for each.
 
         Raises
@@ -358,7 +368,7 @@ class Wanted:
             begun = {index for index, _ in parts if index in self._open}
             if begun:
                 return [
-                    self.write_chunk(index, 0, view)
+                    self.write_chunk(index, 0, memoryview(view))
                     if index in begun
                     else self.write_small([(index, view)])[0]
                     for index, view in parts

@@ -383,10 +383,11 @@ class _Worker:
         data = self._buffer[: sum(sizes)]
         self._read(connection, job, data)
         self._wire_bytes -= asked.asked.length
+        came = data.tobytes()  # and cut after: slices of bytes are cheaper than of a view
         ends = list(accumulate(sizes, initial=0))
         indices = asked.object_indices
         parts = [
-            (indices[i], data[start:stop])
+            (indices[i], came[start:stop])
             for i, start, stop in zip(positions, ends, ends[1:], strict=False)
         ]
         outcomes = self._desk.sink.write_small(parts)

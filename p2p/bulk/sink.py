@@ -60,7 +60,7 @@ class StoreSink:
             self.error = self.error or error
             raise
 
-    def write_small(self, parts: Sequence[tuple[int, memoryview]]) -> list[Outcome]:
+    def write_small(self, parts: Sequence[tuple[int, bytes | memoryview]]) -> list[Outcome]:
         """Verify whole objects of one chunk each, then keep those that are right."""
         try:
             kept = self._wanted.write_small(parts)

@@ -29,6 +29,7 @@ from itertools import accumulate, repeat
 
 from tensorswarm.store.digest import CHUNK_SIZE, MAX_OBJECT_SIZE, chunk_count, chunk_length
 from tensorswarm.store.errors import BadInput
+from tensorswarm.store.runs import runs_in
 
 from .source import Span
 
@@ -103,6 +104,9 @@ class ChunkMap:
         order: Iterable[int] = range(len(self._sizes))
         if priorities:
             order = sorted(order, key=lambda i: priorities.get(i, 0))
+        if self._is_in_order:
+            self._lay_out_in_order()
+            return
         self._first = array("q", bytes(8 * len(self._sizes)))
         self._starts = array("q")
         self._objects = array("q")
@@ -122,6 +126,21 @@ class ChunkMap:
             self._objects.append(object_index)
             position += count
         self._end_level(position, level)
+        self.block_count = len(self.free)
+        self.level_count = max(self.level_of, default=-1) + 1
+        self.proved = [FULL_BLOCK ^ free for free in self.free]
+
+    def _lay_out_in_order(self) -> None:
+        """Lay out objects of one priority, none of them empty, one behind the other."""
+        ends = array("q", accumulate([-(-size // CHUNK_SIZE) for size in self._sizes]))
+        self._first = array("q", [0])
+        self._first += ends
+        total = self._first.pop()
+        self._starts = self._first
+        self._objects = array("q", range(len(self._sizes)))
+        self.free = []
+        self.level_of = array("H")
+        self._end_level(total, 0)
         self.block_count = len(self.free)
         self.level_count = max(self.level_of, default=-1) + 1
         self.proved = [FULL_BLOCK ^ free for free in self.free]
@@ -360,12 +379,17 @@ class ChunkMap:
         BadInput
             An object is not of one chunk.
         """
-        if at_once := self._prove_run(list(object_indices)):
-            return at_once, {}
         proved: dict[int, int] = {}
         known: dict[int, int] = {}
+        indices = list(object_indices)
+        one_by_one: list[int] = []
+        for start, stop in runs_in(indices):
+            if at_once := self._prove_run(indices[start:stop]):
+                proved.update(at_once)
+            else:
+                one_by_one += indices[start:stop]
         first, sizes, count, prove = self._first, self._sizes, len(self._sizes), self.prove
-        for object_index in object_indices:
+        for object_index in one_by_one:
             if not 0 <= object_index < count or not 0 < (size := sizes[object_index]) <= CHUNK_SIZE:
                 raise BadInput(f"object {object_index} is not of one chunk")
             position = first[object_index]
@@ -376,15 +400,13 @@ class ChunkMap:
         return proved, known
 
     def _prove_run(self, indices: list[int]) -> dict[int, int]:
-        """Note objects as proved that stand side by side, one chunk each and all in flight.
+        """Note a run of objects as proved, if they are of one chunk each, and all in flight.
 
         Returns positions and sizes; nothing is noted, and nothing returned, if they are not.
         """
         if len(indices) < 2 or indices[0] < 0 or indices[-1] >= len(self._sizes):
             return {}
         count, start = len(indices), self._first[indices[0]]
-        if indices != list(range(indices[0], indices[0] + count)):
-            return {}
         sizes = self._sizes[indices[0] : indices[-1] + 1]
         positions = range(start, start + count)
         if min(sizes) < 1 or max(sizes) > CHUNK_SIZE:

@@ -105,12 +105,12 @@ class Sink(Protocol):
         """
         ...
 
-    def write_small(self, parts: Sequence[tuple[int, memoryview]]) -> list[Outcome]:
+    def write_small(self, parts: Sequence[tuple[int, bytes | memoryview]]) -> list[Outcome]:
         """Verify whole objects of one chunk each, then keep those that are right.
 
         Parameters
         ----------
-        parts : sequence of (int, memoryview)
+        parts : sequence of (int, bytes or memoryview)
             Object index and bytes of each.
 
         Raises
@@ -147,7 +147,9 @@ class SmallBatch(NamedTuple):
     others: Sequence[SmallOutcome]
 
     @classmethod
-    def of(cls, parts: Sequence[tuple[int, memoryview]], outcomes: Sequence[Outcome]) -> SmallBatch:
+    def of(
+        cls, parts: Sequence[tuple[int, bytes | memoryview]], outcomes: Sequence[Outcome]
+    ) -> SmallBatch:
         """Sort objects, with what came for each, by their outcome."""
         if outcomes.count(Outcome.PROVED) == len(outcomes):
             return cls([index for index, _ in parts], sum([len(data) for _, data in parts]), ())

@@ -122,8 +122,8 @@ class MemorySink(Sink):
         self.kept[object_index, chunk] = bytes(data)
         return Outcome.PROVED
 
-    def write_small(self, parts: Sequence[tuple[int, memoryview]]) -> list[Outcome]:
-        return [self.write_chunk(index, 0, data) for index, data in parts]
+    def write_small(self, parts: Sequence[tuple[int, bytes | memoryview]]) -> list[Outcome]:
+        return [self.write_chunk(index, 0, memoryview(data)) for index, data in parts]
 
     def data_of(self, object_index: int) -> bytes:
         """Return what was kept of an object, chunks in order."""

@@ -64,6 +64,7 @@ def test_a_decoded_manifest_takes_little_memory() -> None:
     finally:
         tracemalloc.stop()
     assert len(manifest.files[0].tensors) == count
-    assert kept < 130 * count
+    freed = 3 * 2000 * 100  # tuples that the interpreter keeps for later, of each length
+    assert kept < 120 * count + freed
     assert highest < 800 * count + len(data), "one file's tensors at a time"
     assert manifest.encode() is data
