@@ -199,7 +199,7 @@ def test_closing_lets_everybody_through() -> None:
 
 def test_slices_fit_the_rate() -> None:
     assert RateLimiter(MIN_BYTES_PER_S).slice_bytes == MIN_SLICE_BYTES
-    assert RateLimiter(5e6).slice_bytes == 50_000
+    assert RateLimiter(5e6).slice_bytes == 100_000
     assert RateLimiter(MAX_BYTES_PER_S).slice_bytes == MAX_SLICE_BYTES
 
 
