@@ -53,6 +53,11 @@ SETTLE_S = 1.0
 """Longest wait for further sources once there is one, so that several known from the
 start all get a share before the fastest has given everything."""
 
+INTRODUCTION_S = 3.0
+"""Longest wait for the neighbours who are here to say who else there is, when there is an
+origin to share: of many that start at once on busy machines each would else take itself for
+alone, and all ask it for the same."""
+
 MORE_PEERS_PAUSE_S = 10.0
 """Pause between rounds of the search while a download runs well."""
 
@@ -362,9 +367,14 @@ class Fetch:
         download.open()
         try:
             async with trio.open_nursery() as nursery:
-                settled = trio.Event()
-                nursery.start_soon(self._supply, download, subscriptions, keys, digests, settled)
+                introduced, settled = trio.Event(), trio.Event()
+                nursery.start_soon(
+                    self._supply, download, subscriptions, keys, digests, introduced, settled
+                )
                 nursery.start_soon(preparation.keep_ahead, download)
+                if self._companions is not None:
+                    with trio.move_on_after(INTRODUCTION_S):
+                        await introduced.wait()
                 with trio.move_on_after(SETTLE_S):
                     await settled.wait()
                 await download.run(self._options.timeout_s)
@@ -382,18 +392,20 @@ class Fetch:
         subscriptions: Subscriptions,
         keys: Sequence[bytes],
         digests: Sequence[bytes],
+        introduced: trio.Event,
         settled: trio.Event,
     ) -> None:
         """Keep a download in sources: ask neighbours what they hold, and find more.
 
-        It is settled, and may begin, when all neighbours have answered and those whom they
-        named have, too; with an origin, as soon as anybody is known to share it with.
+        It is introduced when all neighbours have answered. It is settled, and may begin, when
+        those whom they named have, too; with an origin, as soon as anybody is known to share
+        it with.
         """
         neighbours, companions = self._services.neighbours, self._companions
-        has_asked = False
 
         def look(_peer_id: str = "") -> None:
-            if has_asked and companions is not None and companions.is_anybody_there():
+            is_known = companions is not None and companions.is_anybody_there()
+            if introduced.is_set() and is_known:
                 settled.set()
 
         async with trio.open_nursery() as nursery:
@@ -417,7 +429,7 @@ class Fetch:
                         async with trio.open_nursery() as here:
                             for each in neighbours.all():
                                 here.start_soon(introduce, each.peer_id)
-                        has_asked = True
+                        introduced.set()
                         look()
                         if companions is not None and not settled.is_set():
                             first.start_soon(self._search.round, keys)
