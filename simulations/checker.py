@@ -65,21 +65,23 @@ class Checker:
 
     def shown(self, peer: SimulatedPeer, mask: int) -> None:
         """Check what a node tells its neighbours."""
-        if peer.nature.is_honest and mask & ~peer.has:
+        if peer.is_honest and mask & ~peer.has:
             self._fail(f"{peer.name} shows what it has not proved")
 
     def serves(self, peer: SimulatedPeer, chunks: list[tuple[int, int]]) -> None:
         """Check what a node is asked to serve."""
         for _, chunk in chunks:
-            if peer.nature.is_honest and not peer.has >> chunk & 1:
+            if peer.is_honest and not peer.has >> chunk & 1:
                 self._fail(f"{peer.name} is asked for chunk {chunk}, which it has not proved")
 
     def asked(self, peer: SimulatedPeer, request: Request) -> None:
         """Check a request as it is made."""
-        from .peer import chunks_of
-
         world = self._world
-        for _, chunk in chunks_of(request.spans):
+        for chunk in [
+            chunk
+            for span in request.spans
+            for chunk in range(span.first_chunk, span.first_chunk + span.count)
+        ]:
             if peer.has >> chunk & 1:
                 self._fail(f"{peer.name} asks for chunk {chunk}, which it has")
             if request.source != "origin":
@@ -89,7 +91,7 @@ class Checker:
                 continue
             self.origin_asks += 1
             if not any(
-                known.mask >> chunk & 1 and known.peer.nature.is_honest
+                known.mask >> chunk & 1 and known.peer.is_honest
                 for known in peer.neighbours.values()
             ):
                 continue

@@ -31,10 +31,6 @@ if TYPE_CHECKING:
 PROGRESS_S = 1.0
 """How often bytes are reported of a chunk that is still on its way."""
 
-ROSTER = WATCHED
-"""Members by rank that the planner is told of: whoever ranks behind them is as patient as
-it may be (`PlannerLimits.duty_longest_s`)."""
-
 
 @dataclass(slots=True)
 class Serving:
@@ -107,6 +103,7 @@ class SimulatedPeer:
         self.has = world.everything if nature.has_everything or not nature.is_honest else 0
         self.slots.held = self.has
         self.is_present = False
+        self.is_honest = nature.is_honest
         self.finished_at: float | None = None
         self.moved_at = 0.0
         self.wasted_bytes = 0
@@ -183,7 +180,7 @@ class SimulatedPeer:
         age_s = now - self.nature.starts_at
         is_young = age_s < 4 * setup.exchange_soon_s
         self._dial()
-        if self.nature.is_honest:
+        if self.is_honest:
             asked = len(self.neighbours)
             if not self.membership.is_on_duty(now):
                 asked = min(setup.exchange_asked if is_young else 1, asked)
@@ -275,17 +272,18 @@ class SimulatedPeer:
 
     def _tell_roster(self) -> None:
         self._roster_due = False
-        now = self.world.engine.now
-        revision = self.membership.revision(now)
-        if revision == self._roster_revision:
-            return
-        self._roster_revision = revision
         if self.planner is not None and self.world.setup.is_duty_shared:
-            by_name = self.world.by_name
-            alike = (
-                name for name in self.membership.on_call(now) if by_name[name].wants == self.wants
-            )
-            members = list(islice(alike, ROSTER))
+            now, by_name = self.world.engine.now, self.world.by_name
+            if self.world.all_want_the_same:
+                revision = self.membership.revision(now)
+                if revision == self._roster_revision:
+                    return
+                self._roster_revision = revision
+                members = self.membership.first_on_call(now)
+            else:
+                on_call = self.membership.on_call(now)
+                alike = (name for name in on_call if by_name[name].wants == self.wants)
+                members = list(islice(alike, WATCHED))
             if members == self._roster:
                 return
             self._roster = members

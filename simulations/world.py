@@ -169,6 +169,7 @@ class World:
             SimulatedOrigin(self, setup.origin_bytes_per_s) if setup.origin_bytes_per_s else None
         )
         self.checker = Checker(self)
+        self.all_want_the_same = all(nature.wants is None for nature in natures)
         self.peers = [SimulatedPeer(self, i, nature) for i, nature in enumerate(natures)]
         self.by_name = {peer.name: peer for peer in self.peers}
         self.present: dict[str, int] = {}  # and the place of each in `_shown`
@@ -396,11 +397,12 @@ class World:
         in_transit, now = self._in_transit, self.engine.now
         while in_transit:
             at, transfer = in_transit[0]
-            if transfer.is_moving() and at > now:
+            is_moving = transfer.flow is not None and transfer.flow.version >= 0
+            if is_moving and at > now:
                 self.engine.at(at, self._report)
                 return
             in_transit.popleft()
-            if transfer.is_moving():
+            if is_moving:
                 transfer.report()
                 in_transit.append((now + PROGRESS_S, transfer))
         self._is_watching = False
@@ -446,10 +448,6 @@ class Transfer:
         self._asker.arrived(
             self._source, self._request, self._chunk, is_good=self._is_good, is_last=self._is_last
         )
-
-    def is_moving(self) -> bool:
-        """Tell whether bytes of it have still to leave."""
-        return self.flow is not None and self.flow.version >= 0
 
     def report(self) -> None:
         """Tell the asker how much is there."""

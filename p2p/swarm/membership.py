@@ -222,6 +222,12 @@ class Membership:
         self._forget_stale(now)
         return (name for _, name in self._ranked if name not in self._finished)
 
+    def first_on_call(self, now: float) -> list[str]:
+        """Return the first `WATCHED` of them."""
+        self._forget_stale(now)
+        some = self._ranked[: WATCHED + len(self._finished)]
+        return [name for _, name in some if name not in self._finished][:WATCHED]
+
     def to_tell(self, now: float) -> list[str]:
         """Return the members to name to neighbours: the first by rank, and a sample.
 

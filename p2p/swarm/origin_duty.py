@@ -116,7 +116,7 @@ class OriginDuty:
         """Note the members that can be seen besides us; nobody for no sharing."""
         self.is_shared = bool(others)
         self._me = rank_of(key, me)
-        ranked = sorted({self._me, *(rank_of(key, name) for name in others)}, reverse=True)
+        ranked = sorted({self._me, *[rank_of(key, name) for name in others]}, reverse=True)
         self.rank = ranked.index(self._me)
         on_duty = ranked[: self._limits.duty_members]
         if self._me not in on_duty:

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections import Counter
 from typing import NamedTuple
 
 MAX_WAITING_PER_PEER = 16
@@ -96,7 +95,7 @@ class UploadSlots:
         self._passed_until = math.inf  # the first of these
         self._due_at = math.inf  # nothing lapses before
         self._waiting: dict[tuple[str, int], Waiting] = {}
-        self._per_peer: Counter[str] = Counter()
+        self._per_peer: dict[str, int] = {}
         self.active: dict[tuple[str, int], Waiting] = {}
         self.held = 0
 
@@ -239,8 +238,10 @@ class UploadSlots:
         if not candidates or not self._is_rarest_first:
             return candidates
         masks = [*self._peers.values()]
-        masks += [1 << each.chunk for each in (*self.active.values(), *self._waiting.values())]
-        masks += [1 << chunk for chunk, _ in self._offered.values()]
+        for each in (*self.active.values(), *self._waiting.values()):
+            masks.append(1 << each.chunk)
+        for chunk, _ in self._offered.values():
+            masks.append(1 << chunk)
         planes = [0] * len(masks).bit_length()  # plane i holds bit i of each position's count
         for mask in masks:
             i, carry = 0, mask & candidates
@@ -257,9 +258,10 @@ class UploadSlots:
 
     def ask(self, peer: str, ticket: int, chunk: int) -> bool:
         """Queue a request, known by peer and ticket; return False when it has too many."""
-        if self._per_peer[peer] >= MAX_WAITING_PER_PEER:
+        count = self._per_peer.get(peer, 0)
+        if count >= MAX_WAITING_PER_PEER:
             return False
-        self._per_peer[peer] += 1
+        self._per_peer[peer] = count + 1
         was_offered = self._offered.pop(peer, None) is not None
         waiting = Waiting(peer, ticket, chunk)
         if was_offered:
