@@ -288,6 +288,35 @@ def test_the_first_by_rank_are_always_named_and_find_each_other() -> None:
     assert len(known.to_dial(0.0, [], [])) == MembershipLimits().dials
 
 
+def test_a_full_table_still_lets_the_first_by_rank_in() -> None:
+    names = sorted((f"n{i}" for i in range(3_000)), key=lambda name: -rank_of(KEY, name))
+    first, others = names[:8], names[8:]
+    limits = MembershipLimits()
+    known = Membership(KEY, "me", random.Random(1), limits)
+    for i in range(0, len(others), 100):
+        known.heard(0.0, others[i : i + 100], f"teller-{i}")
+    assert len(known.members(0.0)) == limits.max_members
+    known.heard(0.0, first, "late")
+    assert known.first_on_call(0.0)[:8] == first
+    assert len(known.members(0.0)) == limits.max_members
+
+
+def test_a_revision_tells_when_the_first_by_rank_change() -> None:
+    names = sorted((f"n{i}" for i in range(100)), key=lambda name: -rank_of(KEY, name))
+    known = Membership(KEY, "me", random.Random(1))
+    seen = {}
+    for name in random.Random(2).sample(names, len(names)):
+        known.met(name)
+        now = tuple(known.first_on_call(0.0))
+        assert seen.setdefault(known.revision(0.0), now) == now
+    before = known.revision(0.0)
+    known.left(0.0, names[-1])
+    assert known.revision(0.0) == before
+    known.finished(names[0])
+    assert known.revision(0.0) > before
+    assert known.first_on_call(0.0) == names[1:33]
+
+
 def test_the_chosen_neighbour_that_gave_least_is_let_go_but_no_colleague() -> None:
     known = Membership(KEY, RANKED[-1], random.Random(1), MembershipLimits(dials=3))
     for name in RANKED[:6]:
