@@ -71,6 +71,11 @@ def test_hello_what_we_hold_and_blobs(tmp_path: Path) -> None:
             assert all(entry["whole"] for entry in said["entries"])
 
             model = manifest.digest.hex()
+            told = await js.do("want_model", peer=node.peer_id, model=model, count=len(sizes))
+            assert "models" in told["features"]
+            assert told["whole"] == list(range(len(sizes)))
+            with pytest.raises(JsError, match="code 5"):
+                await js.do("want_model", peer=node.peer_id, model=nowhere, count=1)
             got = await js.do("blob", peer=node.peer_id, digest=model)
             assert got == {"bytes": len(manifest.encode()), "digest": model}
             got = await js.do("blob", peer=node.peer_id, digest=nowhere)

@@ -120,6 +120,14 @@ const commands = {
     }
   },
 
+  /** Which objects of a model are held, told by its manifest. */
+  async want_model (command) {
+    const control = await Control.open(node, peerOf(command))
+    const whole = await control.wantModel(unhex(command.model), command.count)
+    await control.close()
+    return { features: control.peerHello.features, whole }
+  },
+
   /** Fetches a blob over the control stream and checks its digest. */
   async blob (command) {
     const control = await Control.open(node, peerOf(command))

@@ -19,7 +19,9 @@ export const KIND = {
   getChunkList: 9,
   chunkListIs: 10,
   getPeers: 11,
-  peers: 12
+  peers: 12,
+  wantModel: 15,
+  haveModel: 16
 }
 const MAX_BLOB_BYTES = 64 << 20
 
@@ -93,6 +95,18 @@ export class Control {
       }
     }
     return found
+  }
+
+  /** Indices, in the manifest, of a model's first `count` objects that the peer holds whole. */
+  async wantModel (model, count) {
+    const whole = []
+    for await (const [of, runs] of this.#ask(KIND.wantModel, KIND.haveModel, model, [0, count])) {
+      if (hex(of) !== hex(model)) throw new Error('an answer about another model')
+      for (let i = 0; i < runs.length; i += 2) {
+        for (let index = runs[i]; index < runs[i] + runs[i + 1]; index++) whole.push(index)
+      }
+    }
+    return whole
   }
 
   /** A blob, checked; null when the peer does not hold it. */
