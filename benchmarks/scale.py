@@ -154,6 +154,7 @@ class _MadeUpPeer:
         self._numbers = numbers
         self.have_listeners: list[Any] = []
         self.have_model_listeners: list[Any] = []
+        self.want_listeners: list[Any] = []
         self.offer_listeners: list[Any] = []
         self.joined: list[Any] = []
         self.left: list[Any] = []
@@ -301,6 +302,8 @@ def run_one(chunks: int, folder: Path) -> dict[str, float]:
         workers: list[_MadeUpWorker] = []
 
         class Routes:
+            changed: list[Any] = []  # nothing changes here
+
             def start(self, now: float, name: str, sink: Any, report: Any) -> Any:
                 workers.append(
                     _MadeUpWorker(report, limit, lambda: token.run_sync_soon(scope.cancel))
@@ -309,6 +312,9 @@ def run_one(chunks: int, folder: Path) -> dict[str, float]:
 
             def without_bulk(self, name: str) -> Via:
                 return Via.STREAM
+
+            def held_until(self, name: str) -> float:
+                return 0.0
 
             def distance(self, name: str) -> Distance:
                 return Distance.WIDE
