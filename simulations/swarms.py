@@ -58,7 +58,9 @@ def setup_of(parameters: Parameters) -> Setup:
             random_first_chunks=parameters.integer("random_first") if is_by_rarity else 1 << 30,
             duty_members=parameters.integer("duty_members"),
         ),
-        membership=MembershipLimits(dials=dials, max_neighbours=dials * 5 // 2),
+        membership=MembershipLimits(
+            dials=dials, least_neighbours=dials * 3 // 2, max_neighbours=dials * 5 // 2
+        ),
     )
 
 

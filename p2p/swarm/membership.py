@@ -32,6 +32,8 @@ class MembershipLimits:
 
     dials: int = 6
     """Neighbours that we choose; as many choose us: 12 in all, of whom some are idle."""
+    least_neighbours: int = 9
+    """Whoever too few have chosen dials more: it would be the last to get everything."""
     max_neighbours: int = 16
     """Neighbours kept for one swarm: have-messages cost each node this many a chunk."""
     best: int = 2
@@ -273,8 +275,11 @@ class Membership:
             for name in self._first(now)
             if name != self.me and name not in neighbours and name not in dialled
         ]
+        wanted = limits.dials - len(dialled)
+        if wanted <= 0:
+            wanted = limits.least_neighbours - len({*neighbours, *dialled})
         wanted = min(
-            limits.dials - len(dialled) - len(colleagues),
+            wanted - len(colleagues),
             limits.max_neighbours - len(neighbours),
         )
         if wanted <= 0:

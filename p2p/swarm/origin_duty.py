@@ -43,6 +43,9 @@ from .types import PlannerLimits, SourceKind
 
 _MASK = (1 << 64) - 1
 
+IN_FLIGHT = 2
+"""Requests that a member on duty has open at an origin at most."""
+
 _MOST_BEHIND = 100  # keeps the power finite; its result has reached its limit long before
 
 MAX_RANKED_BLOCKS = 4096
@@ -211,7 +214,7 @@ class OriginDuty:
     def _relieve(self, origin: SourceState, block: int, turn: int, draft: Draft) -> None:
         """Take the last chunk of a block that is ours in a turn, and on nobody's way to it.
 
-        What is on its way is guessed by the same rules: each owner fetches its first; who
+        What is on its way is guessed by the same rules: each owner fetches its first two; who
         has none of its own fetches the last that is its in the first turn, or the next.
         """
         left = self._left(origin, block)
@@ -222,7 +225,9 @@ class OriginDuty:
         taken = 0
         for member in self._on_duty:
             own = left & turns[0].get(member, 0)
-            taken |= own & -own
+            for _ in range(IN_FLIGHT):
+                first = own & ~taken
+                taken |= first & -first
             if not own:
                 idle.append(member)
         for each in range(1, turn + 1):
