@@ -292,6 +292,7 @@ class Download:
             giver = self._sources.get(source)
             if giver is not None:
                 giver.came_back()
+                self._neighbours.has_given(source)
             self._on_progress(byte_count)
         elif outcome is Outcome.DUPLICATE:
             self._planner.chunk_duplicate(now, source, index, chunk, byte_count)

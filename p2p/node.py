@@ -203,6 +203,8 @@ class Node:
         client = RelayClient(self._host)
         self._puncher = Puncher(self._host, client, move=self.neighbours.renew)
         self._start_bulk_plane()
+        self.neighbours.is_served = self._is_served
+        self._host.door.standing = self.neighbours.standing
         self.reach = Reach(self._host, client, self._via, on_change=self._addresses_changed)
         if self._is_relay:
             RelayServer(self._host, limiter=self.upload_limiter).start()
@@ -224,6 +226,9 @@ class Node:
             write_state(self.store.place, self._state())
             stack.callback(remove_state, self.store.root)
             self._nursery.start_soon(self._keep_state)
+
+    def _is_served(self, peer_id: str) -> bool:
+        return self._bulk.is_serving(peer_id) or self._streams.is_serving(peer_id)
 
     def _start_bulk_plane(self) -> None:
         """Serve bytes over TLS and over streams, and know the ways to others' bytes."""

@@ -199,6 +199,10 @@ class BulkServer:
         """Return what the server has done so far."""
         return self._table.statistics()
 
+    def is_serving(self, peer_id: str) -> bool:
+        """Tell whether a peer has a request open, or had one a moment ago."""
+        return self._table.is_serving(peer_id, time.monotonic())
+
     def close(self, timeout_s: float = 5.0) -> None:
         """Cut all connections and wait for the threads to end.
 

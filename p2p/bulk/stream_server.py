@@ -164,6 +164,10 @@ class StreamServer:
             if not self._open[peer_id]:
                 del self._open[peer_id]
 
+    def is_serving(self, peer_id: str) -> bool:
+        """Tell whether a peer has a stream for bytes open."""
+        return peer_id in self._open
+
     def statistics(self) -> StreamStatistics:
         """Return what was served so far."""
         return StreamStatistics(

@@ -254,6 +254,15 @@ class ConnectionTable:
             if len(self._sent) > MAX_TRACKED_PEERS:
                 self._sent.popitem(last=False)
 
+    def is_serving(self, peer_id: str, now: float) -> bool:
+        """Tell whether a peer has a request open, or had one a moment ago."""
+        with self._lock:
+            return any(
+                each.peer_id == peer_id
+                and (each.idle_since is None or now - each.idle_since < IDLE_GRACE_S)
+                for each in self._open
+            )
+
     def statistics(self) -> ServerStatistics:
         """Return the counters."""
         with self._lock:

@@ -16,6 +16,7 @@ from tensorswarm.store.object_table import ObjectTable
 
 from ..host.addresses import PeerAddress, is_circuit
 from ..host.host import Host, Stream
+from ..host.places import Places, Standing
 from . import wire, wire_limits
 from .answers import Answers, held_part
 from .neighbour import Neighbour
@@ -36,6 +37,9 @@ MAX_TOLD_DIGESTS = 1 << 17
 MEET_TIMEOUT_S = 5.0
 """Time to connect and open the stream, in seconds."""
 
+GIVING_S = 30.0
+"""A neighbour that has given good bytes so short a time ago is in the middle of a transfer."""
+
 HaveListener = Callable[[str, Sequence[wire.HaveEntry]], None]
 HaveModelListener = Callable[[str, wire.HaveModel], None]
 OfferListener = Callable[[str, wire.Offer | wire.Pass], None]
@@ -55,6 +59,8 @@ class Neighbours:
 
     Attributes
     ----------
+    is_served : callable
+        Tells whether a neighbour is being given bytes; to be set by whoever gives them.
     joined, left : list of callables
         Hear of each neighbour, by peer id, as it comes and goes.
     have_listeners : list of callables
@@ -75,6 +81,11 @@ class Neighbours:
         self._meeting: dict[str, trio.Lock] = {}
         self._held: dict[str, ObjectSet] = {}
         self._told_whole: set[bytes] = set()
+        self._places = Places(MAX_NEIGHBOURS, self._standing_here)
+        self._numbers: dict[str, int] = {}
+        self._gave_at: dict[str, float] = {}
+        self._dialled: set[str] = set()
+        self.is_served: Callable[[str], bool] = lambda _peer_id: False
         self._nursery: trio.Nursery | None = None
         self.joined: list[Callable[[str], None]] = []
         self.left: list[Callable[[str], None]] = []
@@ -123,6 +134,55 @@ class Neighbours:
         """Tell whether a peer has said hello and is still here (any thread may ask)."""
         return peer_id in self._table
 
+    def standing(self, peer_id: str) -> Standing:
+        """Tell what a peer has shown so far: whoever has shown least makes room first."""
+        if peer_id not in self._table:
+            return Standing.STRANGER
+        return max(Standing.NEIGHBOUR, self._standing_here(peer_id))
+
+    def _standing_here(self, peer_id: str) -> Standing:
+        """Do the same among neighbours: saying hello is nothing to speak of there."""
+        gave_at = self._gave_at.get(peer_id)
+        if self.is_served(peer_id) or (
+            gave_at is not None and trio.current_time() - gave_at < GIVING_S
+        ):
+            return Standing.BUSY
+        if gave_at is not None:
+            return Standing.PROVED
+        return Standing.NEIGHBOUR if peer_id in self._dialled else Standing.STRANGER
+
+    def has_given(self, peer_id: str) -> None:
+        """Note that a neighbour gave bytes that match their hash."""
+        if peer_id in self._table:
+            self._gave_at[peer_id] = trio.current_time()
+
+    def _take_place(self, neighbour: Neighbour, *, dialled: bool) -> bool:
+        """Give a neighbour a place at the table; tell whether there was one."""
+        peer_id = neighbour.peer_id
+        if peer_id not in self._numbers:
+            host = self._host.remote_host(peer_id) or ""
+            number = self._places.enter(
+                peer_id, host, trio.current_time(), lambda: self._send_away(peer_id)
+            )
+            if number is None:
+                return False
+            self._numbers[peer_id] = number
+        if dialled:
+            self._dialled.add(peer_id)
+        return True
+
+    def _send_away(self, peer_id: str) -> None:
+        """Have a neighbour leave that makes room for another."""
+        self._numbers.pop(peer_id, None)
+        neighbour = self._table.get(peer_id)
+        if neighbour is None:
+            return
+        bye = wire.Bye(wire_limits.CODE_TOO_MANY, "too many neighbours")
+        assert self._nursery is not None, "neighbours before run()"
+        self._nursery.start_soon(neighbour.close, bye)
+        if neighbour.earlier is not None:
+            self._nursery.start_soon(neighbour.earlier.close, bye)
+
     def seen_at(self, peer_id: str) -> str | None:
         """Return the IP address a connected peer is seen at."""
         return self._host.remote_host(peer_id)
@@ -154,8 +214,6 @@ class Neighbours:
                 self._meeting.pop(peer.peer_id, None)
 
     async def _dial(self, peer: PeerAddress, timeout_s: float) -> Neighbour:
-        if len(self._table) >= MAX_NEIGHBOURS:
-            raise NoSource(f"{MAX_NEIGHBOURS} neighbours already")
         if peer.peer_id not in self._host.connected():
             await self._host.connect_peer(peer, timeout_s)
         return await self._say_hello(peer.peer_id, timeout_s)
@@ -182,6 +240,10 @@ class Neighbours:
             with trio.CancelScope(shield=True), trio.move_on_after(1):
                 await neighbour.close()
             raise
+        if not self._take_place(neighbour, dialled=True):
+            with trio.CancelScope(shield=True), trio.move_on_after(1):
+                await neighbour.close(wire.Bye(wire_limits.CODE_TOO_MANY, "too many neighbours"))
+            raise NoSource(f"{MAX_NEIGHBOURS} neighbours already")
         assert self._nursery is not None, "meet() before run()"
         self._add(neighbour)
         self._nursery.start_soon(self._keep, neighbour)
@@ -194,7 +256,7 @@ class Neighbours:
         except RemoteError:
             await neighbour.close()
             return
-        if len(self._table) >= MAX_NEIGHBOURS and peer_id not in self._table:
+        if not self._take_place(neighbour, dialled=False):
             await neighbour.close(wire.Bye(wire_limits.CODE_TOO_MANY, "too many neighbours"))
             return
         self._add(neighbour)
@@ -227,6 +289,9 @@ class Neighbours:
             else:
                 del self._table[neighbour.peer_id]
                 self._held.pop(neighbour.peer_id, None)
+                self._gave_at.pop(neighbour.peer_id, None)
+                self._dialled.discard(neighbour.peer_id)
+                self._places.left(self._numbers.pop(neighbour.peer_id, 0))
                 for listener in list(self.left):
                     listener(neighbour.peer_id)
 

@@ -2,8 +2,8 @@
 
 Purpose
 -------
-`HalfOpen` decides which connections may take part in handshakes, `StreamBudget` which
-streams are taken. Neither does I/O; `host.guard` asks them.
+`HalfOpen` decides which connections may take part in handshakes, `Places` who stays
+afterwards, `StreamBudget` which streams are taken. None does I/O; `host.guard` asks them.
 
 Rules
 -----
@@ -28,7 +28,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from .places import Places, Standing
 
 MAX_HALF_OPEN = 128
 """Connections in a handshake, which takes three round trips, 10 s at most."""
@@ -184,30 +186,43 @@ class StreamBudget:
             self._refused.pop(peer, None)
 
 
-@dataclass(frozen=True, slots=True)
 class Door:
-    """Both, of one host.
+    """All of these, of one host.
+
+    Parameters
+    ----------
+    max_connections : int
+        Places for peers that have shaken hands.
 
     Attributes
     ----------
     half_open : HalfOpen
         Connections that shake hands.
+    places : Places
+        Connections that came in and stay.
     streams : StreamBudget
         Streams that peers open.
+    standing : callable
+        Tells what is known of a peer; to be set by whoever knows something.
     expected : dict of (str, int) to str
         Places from which a peer is expected that dials us and yet waits for us to speak
         (hole punching makes it the server), to its id. Kept small by whoever expects it.
     """
 
-    half_open: HalfOpen = field(default_factory=HalfOpen)
-    streams: StreamBudget = field(default_factory=StreamBudget)
-    expected: dict[tuple[str, int], str] = field(default_factory=dict)
+    def __init__(self, max_connections: int) -> None:
+        self.standing: Callable[[str], Standing] = lambda _peer: Standing.STRANGER
+        self.half_open = HalfOpen()
+        self.places = Places(max_connections, lambda peer: self.standing(peer))
+        self.streams = StreamBudget()
+        self.expected: dict[tuple[str, int], str] = {}
 
     def statistics(self) -> dict[str, int]:
         """Return counters of connections that came in, and of the streams that peers open."""
         return {
             "connections_let_in": self.half_open.entered,
             "connections_turned_away": self.half_open.turned_away + self.half_open.displaced,
+            "connections_refused": self.places.refused,
+            "connections_displaced": self.places.displaced,
             "shaking_hands": len(self.half_open),
             "streams_open": len(self.streams),
             "streams_refused": self.streams.refused,

@@ -71,7 +71,7 @@ from multiaddr import Multiaddr
 from tensorswarm.store.errors import BadInput
 
 from .addresses import MAX_ADDRS_PER_PEER, believable, tcp_host, with_peer_id
-from .door import Door, StreamBudget
+from .door import MAX_HALF_OPEN, Door, StreamBudget
 from .lean import make_lean
 from .pnet import ProtectedConnection
 from .stream import is_ending
@@ -185,7 +185,7 @@ def build(
     key_pair : KeyPair
         The identity.
     max_connections : int
-        Connections in all.
+        Connections in all; for a moment a few more, while one makes room for another.
     own_addrs : callable
         Gives the multiaddrs to tell other peers, at each moment.
     door : Door
@@ -197,6 +197,7 @@ def build(
     tell_by_halves()
     make_lean()
     vars(swarm_module)["new_protected_conn"] = ProtectedConnection  # see `pnet`
+    max_connections += MAX_HALF_OPEN  # who has shaken hands may stand beside whom it displaces
     config = ConnectionConfig(
         max_connections=max_connections,
         min_connections=0,  # all of them may be inbound: a hub has only such
@@ -285,16 +286,20 @@ def guard_door(swarm: Swarm, door: Door) -> None:
 
     py-libp2p's own way holds a place for each connection until the host ends.
     """
-    half_open = door.half_open
+    half_open, places = door.half_open, door.places
+
+    def others() -> int:
+        live = sum(is_live(conn) for conn in swarm.get_connections())
+        return max(0, live - len(places))
 
     async def let_in(carrier: ReadWriteCloser, maddr: Multiaddr) -> None:
         remote = carrier.get_remote_address()
-        if len(swarm.get_connections()) >= swarm.connection_config.max_connections:
+        host = remote[0] if remote else ""
+        if not places.may_enter(host, trio.current_time(), others()):
+            places.refused += 1
             return  # and the listener closes it, before anything is said
         with trio.CancelScope() as handshake:
-            number = half_open.enter(
-                remote[0] if remote else "", trio.current_time(), handshake.cancel
-            )
+            number = half_open.enter(host, trio.current_time(), handshake.cancel)
             if number is None:
                 return
             expected = door.expected.get(remote) if remote else None
@@ -319,8 +324,19 @@ def guard_door(swarm: Swarm, door: Door) -> None:
             log.debug("inbound connection from %s: it made room for another", remote)
             return
         # When this ends, the listener closes the connection.
-        gone = getattr(muxed, "event_closed", None)
-        await (swarm.manager.wait_finished() if gone is None else gone.wait())
+        with trio.CancelScope() as stay:
+            gone = getattr(muxed, "event_closed", None)
+            place = places.enter(
+                str(muxed.peer_id), host, trio.current_time(), stay.cancel, max(0, others() - 1)
+            )
+            if place is None:
+                return
+            try:
+                await (swarm.manager.wait_finished() if gone is None else gone.wait())
+            finally:
+                places.left(place)
+        if stay.cancelled_caught:
+            log.debug("inbound connection from %s: it made room for another", remote)
 
     swarm._handle_inbound_connection = let_in  # type: ignore[method-assign, assignment]
 

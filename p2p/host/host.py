@@ -154,7 +154,7 @@ class Host:
         self._stack = AsyncExitStack()
         self._scope = trio.CancelScope()
         self._is_running = False
-        self.door = Door()
+        self.door = Door(max_connections)
         self._libp2p, self._swarm, self._peerstore = host_guard.build(
             self.key_pair,
             max_connections=max_connections,
@@ -515,7 +515,7 @@ class Host:
 
         async def handle(net_stream: INetStream) -> None:
             assert isinstance(net_stream, NetStream)
-            stream = Stream(net_stream, self._background())
+            stream = Stream(net_stream, self._background(), self._heard)
             try:
                 await handler(stream.peer_id, stream)
             except RemoteError as error:
@@ -531,13 +531,16 @@ class Host:
 
         self._libp2p.set_stream_handler(TProtocol(protocol), handle)
 
+    def _heard(self, peer_id: str) -> None:
+        self.door.places.heard(peer_id, trio.current_time())
+
     async def _open(self, peer_id: str, protocol: str) -> Stream:
         try:
             net_stream = await self._libp2p.new_stream(_id(peer_id), [TProtocol(protocol)])
         except Exception as error:  # libp2p's layers each have their own kinds
             raise NoSource(f"{peer_id} opens no {protocol} stream: {cause_of(error)}") from error
         assert isinstance(net_stream, NetStream)
-        return Stream(net_stream, self._background())
+        return Stream(net_stream, self._background(), self._heard)
 
     def start_soon(self, operation: Callable[[], Awaitable[object]]) -> None:
         """Run an operation in the background, until it or the host ends.

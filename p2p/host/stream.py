@@ -133,10 +133,16 @@ class Stream:
         Who is at the other end, proved by the connection's handshake.
     """
 
-    def __init__(self, net_stream: NetStream, nursery: trio.Nursery) -> None:
+    def __init__(
+        self,
+        net_stream: NetStream,
+        nursery: trio.Nursery,
+        heard: Callable[[str], None] = lambda _peer_id: None,
+    ) -> None:
         self.peer_id = str(net_stream.muxed_conn.peer_id)
         self._net = net_stream
         self._nursery = nursery
+        self._heard = heard
         self._reading: Errand[bytes] | None = None
         self._writing: Errand[None] | None = None
         self._send_lock = trio.Lock()
@@ -179,6 +185,7 @@ class Stream:
             data = await self._reading.wait()
             self._reading = None
             self._ended = not data
+            self._heard(self.peer_id)
             return data
         finally:
             self._has_reader = False

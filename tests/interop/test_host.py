@@ -12,6 +12,7 @@ import trio.testing
 from tensorswarm.p2p.host import guard as host_guard
 from tensorswarm.p2p.host import host as host_module
 from tensorswarm.p2p.host.addresses import PeerAddress, tcp_host
+from tensorswarm.p2p.host.door import MAX_HALF_OPEN
 from tensorswarm.p2p.host.host import Host, Stream
 from tensorswarm.store.errors import BadInput, NoSource
 from tests.support.hosts import (
@@ -128,9 +129,9 @@ def test_both_may_dial_at_once() -> None:
 def test_only_noise_and_yamux_are_spoken_and_nobody_is_dialled_unasked() -> None:
     swarm = Host()._swarm
     # py-libp2p's own limits end a hub at 250 inbound connections, or 256.
-    assert swarm._inbound_limiter.total_tokens == host_module.MAX_CONNECTIONS
+    assert swarm._inbound_limiter.total_tokens == host_module.MAX_CONNECTIONS + MAX_HALF_OPEN
     limits = swarm._resource_manager.connection_limits  # type: ignore[union-attr]
-    assert limits.max_established_inbound == host_module.MAX_CONNECTIONS
+    assert limits.max_established_inbound == host_module.MAX_CONNECTIONS + MAX_HALF_OPEN
     assert list(swarm.upgrader.security_multistream.transports) == ["/noise"]
     assert list(swarm.upgrader.muxer_multistream.transports) == ["/yamux/1.0.0"]
     assert [type(t).__name__ for t in swarm.transport_manager.get_transports()] == ["TCP"]
@@ -204,7 +205,7 @@ def test_what_answers_is_not_a_peer(greeting: bytes | None, reason: str, timeout
 
 def test_a_full_host_turns_others_away() -> None:
     async def main() -> None:
-        async with Host(listen=[HERE], max_connections=2) as hub:
+        async with Host(listen=[HERE], max_connections=3) as hub:
             hub.set_handler(ECHO, echo)
             async with Host() as a, Host() as b, Host() as c:
                 for visitor in (a, b):

@@ -55,6 +55,9 @@ class FakeHost:
 
     peer_id = ME
 
+    def remote_host(self, _peer_id: str) -> str | None:
+        return "127.0.0.1"
+
     def __init__(self) -> None:
         self.accept: Callable[[str, Stream], Awaitable[None]]
         self.opened: list[trio.abc.Stream] = []

@@ -82,6 +82,9 @@ class FakeNeighbours:
             for listener in self.have_listeners:
                 listener(peer_id, message.entries)
 
+    def has_given(self, peer_id: str) -> None:
+        pass
+
     def tell(self, entries: Sequence[wire.HaveEntry]) -> None:
         for frame in wire.fit_have(0, entries):
             wire.encode(frame)  # raises what a neighbour would hold against us

@@ -44,6 +44,9 @@ class FakeNeighbours:
     def __init__(self) -> None:
         self.table: dict[str, FakeNeighbour] = {}
 
+    def has_given(self, peer_id: str) -> None:
+        pass
+
     def add(self, name: str, *, features: Sequence[str] = (OFFERS,)) -> FakeNeighbour:
         hello = wire.Hello(1, "test", (), (), tuple(features))
         self.table[name] = FakeNeighbour(hello, ObjectSet())
