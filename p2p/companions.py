@@ -26,7 +26,7 @@ from .control.neighbours import Neighbours
 from .host.addresses import PeerAddress
 from .swarm.membership import Membership, MembershipLimits
 
-LIMITS = MembershipLimits(dials=4, max_neighbours=12)
+LIMITS = MembershipLimits(dials=4, least_neighbours=4, max_neighbours=12)
 """Eight neighbours on average: a chunk reaches 64 nodes in two steps, and what each node
 hears and says does not grow with the swarm."""
 
