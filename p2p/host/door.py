@@ -149,15 +149,18 @@ class StreamBudget:
 
     Attributes
     ----------
-    refused : int
-        Streams that were not taken.
+    taken, refused : int
+        Streams that were taken so far, and those that were not.
+    on_asked : callable
+        Called for each stream, when it has been counted.
     """
 
     def __init__(self) -> None:
         self._open: Counter[str] = Counter()
         self._refused: Counter[str] = Counter()
         self._total = 0
-        self.refused = 0
+        self.taken = self.refused = 0
+        self.on_asked: Callable[[], None] = lambda: None
 
     def __len__(self) -> int:
         return self._total
@@ -165,13 +168,16 @@ class StreamBudget:
     def take(self, peer: str) -> bool:
         """Take a stream of a peer; False to refuse it."""
         allowed = MAX_STREAMS_PER_PEER if self._total < MAX_SPARE_STREAMS else STREAMS_OF_RIGHT
-        if self._open[peer] < allowed:
+        is_taken = self._open[peer] < allowed
+        if is_taken:
             self._open[peer] += 1
             self._total += 1
-            return True
-        self._refused[peer] += 1
-        self.refused += 1
-        return False
+            self.taken += 1
+        else:
+            self._refused[peer] += 1
+            self.refused += 1
+        self.on_asked()
+        return is_taken
 
     def is_flood(self, peer: str) -> bool:
         """Tell whether a peer was refused so often that its connection is to be cut."""

@@ -1,6 +1,6 @@
 // Has js-libp2p's DHT server keep records under multihashes other than SHA-256.
 //
-// The key of a provider record is a multihash. js-libp2p's server (kad-dht 16) reads it
+// The key of a provider record is a multihash. js-libp2p's server (@libp2p/kad-dht 16.4.5) reads it
 // with CID.decode, which takes a bare multihash for a CIDv0 and so takes SHA-256 only; at
 // any other it resets the stream. Its client has no such limit. To be called once, before
 // the node is made.
