@@ -13,8 +13,9 @@ Rules
 - Offered is the chunk that the fewest neighbours have or are about to get from us, ties
   at random, to a neighbour at random of those that lack it.
 - An offer that nobody takes up within `OFFER_S` lapses.
-- Requests that were not offered wait behind those that were; nobody is refused for
-  asking, but a peer has at most `MAX_WAITING_PER_PEER` requests here.
+- Requests that were not offered wait behind those that were, and do not keep us from
+  offering: who hears an offer asks at its own will no more. Nobody is refused for asking,
+  but a peer has at most `MAX_WAITING_PER_PEER` requests here.
 
 What neighbours have is a set of positions as an integer, as in `chunk_map`. No I/O, no
 clock; the random generator is the caller's.
@@ -95,6 +96,7 @@ class UploadSlots:
         self._passed_until = math.inf  # the first of these
         self._due_at = math.inf  # nothing lapses before
         self._waiting: dict[tuple[str, int], Waiting] = {}
+        self._invited: set[tuple[str, int]] = set()  # of those that wait, who had an offer
         self._per_peer: dict[str, int] = {}
         self.active: dict[tuple[str, int], Waiting] = {}
         self.held = 0
@@ -139,7 +141,7 @@ class UploadSlots:
             self._settle(now)
         made: list[tuple[str, int]] = []
         spare = self._slots + self.ahead
-        spare -= len(self._offered) + len(self._waiting) + len(self.active)
+        spare -= len(self._offered) + len(self._invited) + len(self.active)
         if self._is_eager and not self.active and not self._waiting:
             spare += 1
         while spare > 0 or not spare and self._is_eager and self._has_fresh():
@@ -265,6 +267,7 @@ class UploadSlots:
         was_offered = self._offered.pop(peer, None) is not None
         waiting = Waiting(peer, ticket, chunk)
         if was_offered:
+            self._invited.add((peer, ticket))
             self._waiting = {(peer, ticket): waiting, **self._waiting}
         else:
             self._waiting[peer, ticket] = waiting
@@ -279,6 +282,7 @@ class UploadSlots:
         """Forget a request that is not wanted any more; return whether it was waiting."""
         if self._waiting.pop((peer, ticket), None) is None:
             return False
+        self._invited.discard((peer, ticket))
         self._left(peer)
         return True
 
@@ -288,6 +292,7 @@ class UploadSlots:
         while self._waiting and len(self.active) < self._slots:
             key = next(iter(self._waiting))
             self.active[key] = self._waiting.pop(key)
+            self._invited.discard(key)
             self._left(key[0])
             begun.append(self.active[key])
         return begun

@@ -326,3 +326,21 @@ def test_the_chosen_neighbour_that_gave_least_is_let_go_but_no_colleague() -> No
     given = {RANKED[0]: 5, RANKED[1]: 0, RANKED[2]: 3}
     assert known.to_drop(0.0, RANKED[:6], chosen, given) == RANKED[1]
     assert known.to_drop(0.0, RANKED[:6], chosen[:2], given) is None
+
+
+def test_requests_without_an_offer_do_not_keep_a_node_from_offering() -> None:
+    """Else who is asked much never says that it makes offers, and is asked ever more."""
+    slots = UploadSlots(1, 1, random.Random(1))
+    slots.held = 0b1111
+    for name in "abc":
+        slots.set_peer(name, 0)
+        for ticket in range(3):
+            assert slots.ask(name, ticket, ticket)
+    assert len(slots.begin()) == 1
+    assert len(slots.offers(0.0)) == 1
+    (offered,) = slots._offered
+    assert slots.ask(offered, 9, 3)
+    assert not slots.offers(0.1)  # that one waits, before all others
+    slots.end(*next(iter(slots.active)))
+    assert slots.begin() == [(offered, 9, 3)]
+    assert len(slots.offers(0.2)) == 1
