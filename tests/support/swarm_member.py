@@ -1,8 +1,10 @@
 """A node that fetches a model at a word, in a process of its own, and counts what it asks.
 
-Its planner is watched: every chunk that it asks of an origin is held against what its
-neighbours had told until then. Decisions by the clock are put off for good (`PATIENT`), so
-that what is counted does not depend on how fast the machine is.
+Its planner is watched: every chunk that it asks of an origin while it knows of others who
+want the same is held against what its neighbours had told until then. (The last one, of whom
+nobody else wants anything any more, takes from all who have it.) Decisions by the clock are
+put off for good (`PATIENT`), so that what is counted does not depend on how fast the machine
+is.
 
 Writes lines of JSON: ``{"ready": true}``, then, after a line on standard input,
 ``{"knows": n}`` once it knows so many others that want the same, and its counts once it has
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,12 +52,17 @@ class WatchedPlanner(Planner):
         self._counts = [chunk_count(size) for size in sizes_bytes]
         self._told: dict[str, set[tuple[int, int]]] = {}
         self._is_peer: dict[str, bool] = {}
+        self._others: frozenset[str] = frozenset()
         WatchedPlanner.latest = self
 
     def add_source(self, now: float, source: str, kind: SourceKind, **options: Any) -> None:
         self._is_peer[source] = kind is SourceKind.PEER
         self._told.setdefault(source, set())
         super().add_source(now, source, kind, **options)
+
+    def set_members(self, now: float, key: bytes, me: str, others: Collection[str]) -> None:
+        self._others = frozenset(others)
+        super().set_members(now, key, me, others)
 
     def remove_source(self, now: float, source: str) -> None:
         self._told.pop(source, None)
@@ -92,7 +99,8 @@ class WatchedPlanner(Planner):
                 for span in action.request.spans:
                     for chunk in range(span.first_chunk, span.first_chunk + span.count):
                         self.asked_origin += 1
-                        self.asked_though_told += (span.object_index, chunk) in told
+                        is_told = (span.object_index, chunk) in told
+                        self.asked_though_told += is_told and bool(self._others)
         return actions
 
 
