@@ -110,6 +110,7 @@ class OriginDuty:
         self._backs = [chunks.block_count] * (limits.duty_members + 1)
         self._turns: dict[int, list[dict[int, int]]] = {}
         self._doubtful: frozenset[str] = frozenset()
+        self._is_all_announced = False  # by one: who holds all is in no count of holders
         self.is_shared = False
         self.rank = 0
         self.was_lied_to = False
@@ -148,6 +149,8 @@ class OriginDuty:
         """Choose what to ask an origin for: our own chunks, then what seems left over."""
         draft = Draft(room_bytes, self._limits.max_request_spans)
         self._sort_out(now)
+        if self._is_all_announced:
+            return draft
         self._counted_origins = sum(
             state.kind is SourceKind.ORIGIN and not state.holds_all
             for state in self._sources.values()
@@ -186,6 +189,10 @@ class OriginDuty:
         if doubtful != self._doubtful:
             self._doubtful = doubtful
             self.look_again()
+        self._is_all_announced = any(
+            state.holds_all and state.kind is SourceKind.PEER and name not in doubtful
+            for name, state in self._sources.items()
+        )
 
     def _left(self, origin: SourceState, block: int) -> int:
         """Return the chunks of a block that nobody who is believed has announced."""

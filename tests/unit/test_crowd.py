@@ -344,3 +344,15 @@ def test_requests_without_an_offer_do_not_keep_a_node_from_offering() -> None:
     slots.end(*next(iter(slots.active)))
     assert slots.begin() == [(offered, 9, 3)]
     assert len(slots.offers(0.2)) == 1
+
+
+def test_what_a_neighbour_holds_all_of_is_not_asked_of_the_origin() -> None:
+    """Who has finished has announced everything, in whatever words."""
+    planner = Planner([8 * CHUNK_SIZE], rng=random.Random(1), keys=[b"k" * 32])
+    planner.add_source(0.0, "origin", SourceKind.ORIGIN)
+    planner.source_holds_whole(0.0, "origin", [0])
+    planner.add_source(0.0, "done", SourceKind.PEER, makes_offers=True)
+    planner.source_holds_all(0.0, "done")
+    planner.set_members(0.0, KEY, "me", ["other"])
+    asked = [each for each in planner.actions(0.0) if isinstance(each, Ask)]
+    assert all(each.request.source != "origin" for each in asked)
