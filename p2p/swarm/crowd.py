@@ -217,11 +217,12 @@ class Crowd:
 
         Shortly before the answer should be whole. Members on duty that wait for the end
         fall into step, as equal chunks over a shared uplink end together; then it lies
-        idle for a round trip. Two requests all the time would halve its speed for each.
+        idle for a round trip. Two requests all the time would halve its speed for each; and
+        beside a chunk that takes seconds a round trip is nothing.
         """
         if not origin.requests:
             return 0.0
-        if origin.took_s is None:
+        if origin.took_s is None or origin.took_s > self._limits.duty_patience_s:
             return math.inf
         latest = next(reversed(origin.requests.values()))
         return latest.asked_at + self._limits.origin_ahead * origin.took_s

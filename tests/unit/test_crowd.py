@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 
@@ -53,6 +54,20 @@ def test_members_on_duty_fetch_each_chunk_once_and_evenly() -> None:
     assert sum(taken.values()) == len(taken) == 64
     assert set(given) == set(RANKED[: PlannerLimits().duty_members])
     assert max(given.values()) - min(given.values()) <= 16
+
+
+def test_an_origin_gets_the_next_request_shortly_before_the_last_answer_is_whole() -> None:
+    # But a slow one when it is whole: it would serve two requests at half the speed.
+    for chunk_s, next_at in ((0.2, 0.35), (2.0, math.inf)):
+        planner = member(RANKED[0])
+        ((request_id, chunk),) = asked(planner, 0.0)
+        planner.progress(chunk_s, "origin", request_id, CHUNK_SIZE)
+        planner.chunk_proved(chunk_s, "origin", 0, chunk, CHUNK_SIZE)
+        planner.request_done(chunk_s, "origin", request_id)
+        ((request_id, chunk),) = asked(planner, chunk_s)
+        assert not asked(planner, min(next_at, 2 * chunk_s) - 0.01)
+        planner.progress(2 * chunk_s, "origin", request_id, CHUNK_SIZE - 1)
+        assert bool(asked(planner, 2 * chunk_s)) == (next_at < math.inf)
 
 
 def test_who_gets_nothing_takes_a_turn_the_later_the_lower_it_ranks() -> None:
