@@ -253,6 +253,7 @@ class Node:
             limiter=self.upload_limiter,
             read_small=self.store.read_small,
             may_have=self.access.may_have,
+            gate=self._uploads,
         )
         self._host.set_handler(BULK_STREAM_PROTOCOL, self._streams.handle)
         self._routes = Routes(

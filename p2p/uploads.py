@@ -12,6 +12,8 @@ Rules
   is refused, or waits so long that it takes us for dead.
 - How many offers are open besides follows from what was measured: as many as are
   answered too late to keep the line busy otherwise.
+- Small objects that are asked for together wait for nobody, and answer an offer all the
+  same: else it would keep its place until it lapses, and the line idle.
 - What a member does not want, or may not have, is not offered to it.
 - All tables are bounded: by the neighbours, `MAX_SWARMS` and `MAX_CHUNKS`.
 
@@ -347,6 +349,11 @@ class Uploads:
 
     # ---- requests, in the server's threads
 
+    def concerns(self, peer_id: str, digest: bytes) -> bool:
+        """Tell whether an object is part of a swarm of which a peer is a member."""
+        with self._lock:
+            return self._find(peer_id, digest) is not None
+
     def ask(self, peer_id: str, digest: bytes, offset: int) -> Upload | None:
         """Wait for a slot for a request, no longer than `MAX_SLOT_WAIT_S`.
 
@@ -387,6 +394,21 @@ class Uploads:
             if not swarm.slots.withdraw(*key):
                 swarm.slots.end(*key)
             self._begin(swarm)
+        self._wake()
+
+    def gave(self, peer_id: str, digests: Sequence[bytes]) -> None:
+        """Note small objects that a member got together: no slot is taken, an offer is."""
+        with self._lock:
+            for swarm in self._swarms.values():
+                if peer_id not in swarm.members:
+                    continue
+                mask = 0
+                for digest in digests:
+                    if (index := swarm.wanted.find(digest)) >= 0:
+                        mask |= swarm.mask(index, None)
+                if mask:
+                    swarm.offered_at.pop(peer_id, None)
+                    swarm.slots.gave(peer_id, mask)
         self._wake()
 
     def _find(self, peer_id: str, digest: bytes) -> tuple[_Swarm, int] | None:

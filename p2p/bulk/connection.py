@@ -273,6 +273,10 @@ class ServedConnection:
             data if self._service.may_have(self._name, digest) else None
             for (digest, _), data in zip(objects, self._service.read_small(objects), strict=True)
         ]
+        if self._service.gate is not None:
+            given = zip(objects, found, strict=True)
+            digests = [digest for (digest, _), data in given if data is not None]
+            self._service.gate.gave(self._name, digests)
         head, answer = exchange.answer(found)
         self._put(head)
         view = memoryview(answer)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any, Protocol
 
 
 class Gate(Protocol):
     """Lets few requests be answered at a time; called from the connections' threads."""
+
+    def concerns(self, peer_id: str, digest: bytes) -> bool:
+        """Tell, without waiting, whether a peer's requests for an object wait here at all."""
+        ...
 
     def ask(self, peer_id: str, digest: bytes, offset: int) -> Hashable | None:
         """Wait until a request may be answered, not for long; returns what to `end` with."""
@@ -15,4 +19,8 @@ class Gate(Protocol):
 
     def end(self, ticket: Any) -> None:
         """Note that a request has been answered."""
+        ...
+
+    def gave(self, peer_id: str, digests: Sequence[bytes]) -> None:
+        """Note small objects given together, which need not wait."""
         ...

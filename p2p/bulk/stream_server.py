@@ -32,6 +32,7 @@ from tensorswarm.store.reader import ObjectReader
 from ..host.host import Stream
 from ..limits.rates import RateLimiter
 from . import http1
+from .gate import Gate
 from .http1_small import SmallRequest, SmallServerExchange, read_request
 from .small_objects import SmallObjects, read_each
 
@@ -99,6 +100,8 @@ class StreamServer:
         Reads many small objects at once, in threads; by default, one after the other.
     may_have : callable, optional
         Tells whether a peer may have an object; if not, it is answered as missing.
+    gate : Gate, optional
+        Where requests for parts of objects wait for their turn, as in the bulk server.
     max_streams, max_streams_per_peer : int, optional
         Streams served at once; further ones are answered 503.
     first_request_timeout_s, idle_timeout_s, send_timeout_s : float, optional
@@ -113,6 +116,7 @@ class StreamServer:
         limiter: RateLimiter | None = None,
         read_small: SmallObjects | None = None,
         may_have: Callable[[str, bytes], bool] = lambda _peer_id, _digest: True,
+        gate: Gate | None = None,
         max_streams: int = MAX_STREAMS,
         max_streams_per_peer: int = MAX_STREAMS_PER_PEER,
         first_request_timeout_s: float = FIRST_REQUEST_TIMEOUT_S,
@@ -123,6 +127,7 @@ class StreamServer:
         self.allow = allow
         self.read_small: SmallObjects = read_small or partial(read_each, open_reader)
         self.may_have = may_have
+        self.gate = gate
         self.limiter = limiter
         self.slice_bytes = min(SLICE_BYTES, limiter.slice_bytes) if limiter else SLICE_BYTES
         # Threads of their own: those who wait for a turn must not keep others from the disk.
@@ -237,9 +242,23 @@ class _Service:
         elif not reader.covers(offset, length):
             self._output += exchange.refusal(http1.RANGE_NOT_SATISFIABLE)
         else:
+            await self._answer_part(exchange, reader)
+        return True
+
+    async def _answer_part(self, exchange: http1.ServerExchange, reader: ObjectReader) -> None:
+        digest, offset, length = exchange.request
+        gate, ticket = self._server.gate, None
+        if gate is not None and gate.concerns(self._peer_id, digest):
+            await self._flush()  # others wait for what is collected
+            ticket = await trio.to_thread.run_sync(
+                gate.ask, self._peer_id, digest, offset, limiter=self._server.turns
+            )
+        try:
             self._output += exchange.partial_content(reader.size_bytes)
             await self._put_body(reader, offset, offset + length)
-        return True
+        finally:
+            if gate is not None and ticket is not None:
+                gate.end(ticket)
 
     async def _answer_small(self, exchange: SmallServerExchange) -> None:
         body = await self._next_body(exchange.body_bytes)
@@ -262,10 +281,16 @@ class _Service:
 
     def _found(self, request: SmallRequest) -> list[bytes | None]:
         server, objects = self._server, request.objects
-        return [
+        found = [
             data if server.may_have(self._peer_id, digest) else None
             for (digest, _), data in zip(objects, server.read_small(objects), strict=True)
         ]
+        if server.gate is not None:
+            given = zip(objects, found, strict=True)
+            server.gate.gave(
+                self._peer_id, [digest for (digest, _), data in given if data is not None]
+            )
+        return found
 
     async def _next_body(self, size_bytes: int) -> bytes:
         """Return the body of a request; at most 10 KiB, so it may wait in memory."""

@@ -273,6 +273,13 @@ class UploadSlots:
             self._waiting[peer, ticket] = waiting
         return True
 
+    def gave(self, peer: str, chunks: int) -> None:
+        """Note positions that a neighbour got without waiting for a slot, as it was offered."""
+        self._offered.pop(peer, None)
+        if peer in self._peers:
+            self._peers[peer] |= chunks
+            self._known |= chunks
+
     def passed(self, now: float, peer: str) -> None:
         """Note that a neighbour does not take up our offer."""
         if self._offered.pop(peer, None) is not None:

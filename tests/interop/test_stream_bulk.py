@@ -17,7 +17,13 @@ from tensorswarm.p2p.host.host import Host, Stream
 from tensorswarm.p2p.swarm.source import Failure, Outcome, Request, Span
 from tensorswarm.store.digest import CHUNK_SIZE
 from tensorswarm.store.errors import NoSource, RemoteError
-from tests.support.bulk_fakes import MemoryShelf, MemorySink, RecordingReport, make_object
+from tests.support.bulk_fakes import (
+    MemoryShelf,
+    MemorySink,
+    RecordingGate,
+    RecordingReport,
+    make_object,
+)
 from tests.support.hosts import HERE, run, two_hosts
 
 OBJECT = make_object(5 * CHUNK_SIZE + 17, 1)
@@ -33,7 +39,7 @@ class Scene:
         self.sink, self.report = MemorySink(OBJECT, SMALL), RecordingReport()
         self.allowed = True
 
-    def serve(self, **options: float) -> StreamServer:
+    def serve(self, **options: object) -> StreamServer:
         server = StreamServer(self.shelf.open_reader, lambda _peer: self.allowed, **options)  # type: ignore[arg-type]
         self.server.set_handler(BULK_STREAM_PROTOCOL, server.handle)
         return server
@@ -142,6 +148,22 @@ def test_many_small_objects_come_together() -> None:
             assert server.statistics().bytes_sent == size_bytes
             assert sum(count for _, count in it.report.progressed) == size_bytes
             source.close()
+
+    run(main)
+
+
+def test_what_is_asked_on_a_stream_waits_at_the_gate_too() -> None:
+    async def main() -> None:
+        async with scene() as it:
+            gate = RecordingGate()
+            it.serve(gate=gate)
+            source = it.source()
+            source.submit(request(1, (0, 0, 3), (1, 0, 1)))
+            await it.done(1)
+            source.close()
+            assert OBJECT.digest in gate.asked
+            assert gate.ended == len(gate.asked)
+            assert set(gate.asked) | set(gate.given) == {OBJECT.digest, SMALL.digest}
 
     run(main)
 

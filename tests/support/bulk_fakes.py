@@ -12,7 +12,7 @@ import random
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any, NamedTuple
@@ -266,6 +266,28 @@ def scripted_peer(*scripts: Callable[[ScriptedConnection], None]) -> Iterator[Sc
         yield peer
     finally:
         peer.stop()
+
+
+class RecordingGate:
+    """Lets everybody through, and notes who came."""
+
+    def __init__(self) -> None:
+        self.asked: list[bytes] = []
+        self.ended = 0
+        self.given: list[bytes] = []
+
+    def concerns(self, peer_id: str, digest: bytes) -> bool:
+        return True
+
+    def ask(self, peer_id: str, digest: bytes, offset: int) -> Hashable:
+        self.asked.append(digest)
+        return len(self.asked)
+
+    def end(self, ticket: object) -> None:
+        self.ended += 1
+
+    def gave(self, peer_id: str, digests: Sequence[bytes]) -> None:
+        self.given += digests
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from tests.support.bulk_fakes import (
     WAIT_S,
     MemoryShelf,
     MemorySink,
+    RecordingGate,
     RecordingReport,
     ScriptedConnection,
     bulk_server,
@@ -173,6 +174,16 @@ def test_the_largest_request_is_answered() -> None:
         found = fetch_small(connection, [WantedObject(o.digest, 4096) for o in objects])
         connection.close()
     assert list(found.values()) == [each.data for each in objects]
+
+
+def test_a_gate_hears_what_was_given() -> None:
+    gate = RecordingGate()
+    with bulk_server(MemoryShelf(*SMALLS[1:]), gate=gate) as server:
+        connection = BulkConnection.connect(server.address, identity(1), identity(100).peer_id)
+        fetch_small(connection, [WantedObject(each.digest, len(each.data)) for each in SMALLS])
+        connection.close()
+    assert gate.given == [each.digest for each in SMALLS[1:]]
+    assert not gate.asked
 
 
 def test_who_is_not_allowed_gets_nothing() -> None:

@@ -188,3 +188,24 @@ def test_offers_end_when_we_are_through_and_nobody_is_left(tmp_path: Path) -> No
     one.interests.discard([MODEL, DIGEST])
     world.uploads.look()
     assert not world.uploads.is_open(MODEL)
+
+
+def test_small_objects_given_together_answer_an_offer(tmp_path: Path) -> None:
+    """They wait for no slot; but whoever got them is free for the next offer at once."""
+    world = World(tmp_path)
+    digests = [digest_of(bytes([number])) for number in range(2)]
+    world.wanted = world.store.wanted_of(
+        [world.store.receive(ObjectRef(each, 1, b""), b"") for each in digests]
+    )
+    peer = world.neighbours.add("one")
+    peer.interests.add(digests)
+    world.open()
+    world.uploads._swarms[MODEL].slots.held = 0b11
+    for expected in (1, 1, 2):
+        if expected == 2:
+            world.uploads.gave("one", [peer.offers[0].digest])
+        world.uploads.look()
+        assert len(peer.offers) == expected
+    assert {offer.digest for offer in peer.offers} == set(digests)
+    assert world.uploads.concerns("one", digests[0])
+    assert not world.uploads.concerns("stranger", digests[0])
