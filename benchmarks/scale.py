@@ -171,6 +171,9 @@ class _MadeUpPeer:
     def seen_at(self, peer_id: str) -> str:
         return "192.0.2.1"
 
+    def has_given(self, peer_id: str) -> None:
+        """Nobody is made room for."""
+
     async def get_peers(self, digest: bytes) -> list[object]:
         return []
 
