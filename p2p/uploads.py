@@ -66,6 +66,9 @@ MAX_SLOT_WAIT_S = 1.0
 LOOK_S = 0.25
 """How often it is looked who is a member, while nothing happens."""
 
+SHOW_S = 0.02
+"""The same while something proved is not in the index yet, and so cannot be given."""
+
 GAIN = 0.2
 """Weight of the latest measurement in an average."""
 
@@ -96,6 +99,7 @@ class _Swarm:
         self.offered_at: dict[str, float] = {}
         self.uploads: dict[tuple[str, int], Upload] = {}
         self.has_left = False
+        self._unshown: set[int] = set()
         self._starts = [0, *itertools.accumulate(map(chunk_count, wanted.sizes()))]
         self._answer_s: float | None = None
         self._upload_s: float | None = None
@@ -124,6 +128,24 @@ class _Swarm:
         """Return the positions of all chunks of a run of objects."""
         count = self._starts[stop] - self._starts[start]
         return (1 << count) - 1 << self._starts[start]
+
+    def proved(self, index: int, chunk: int) -> None:
+        """Note a chunk that we have now, to be offered as soon as others may be told of it."""
+        if self.wanted.holding(index) is None:
+            self._unshown.add(index)  # its way into the index takes a moment
+        else:
+            self.slots.held |= 1 << self.position(index, chunk)
+
+    def show(self) -> bool:
+        """Offer what could not be shown a moment ago; return whether something still cannot."""
+        for index in list(self._unshown):
+            has_ended = self.wanted.has_ended(index)  # asked first: it may end in between
+            held = self.wanted.holding(index)
+            if held is not None:
+                self.slots.held |= self.mask(index, held[1])
+            if held is not None or has_ended:
+                self._unshown.discard(index)
+        return bool(self._unshown)
 
     def note_answer(self, seconds: float) -> None:
         """Note how long a member took to ask for what it was offered."""
@@ -223,6 +245,8 @@ class Uploads:
                 held = wanted.holding(index)
                 if held is not None:
                     swarm.slots.held |= swarm.mask(index, held[1])
+                elif not wanted.missing_bytes(index):
+                    swarm.proved(index, 0)
             for peer_id, holds in known.items():
                 for index, bits in holds.items():
                     swarm.has[peer_id] = swarm.has.get(peer_id, 0) | swarm.mask(index, bits)
@@ -236,9 +260,8 @@ class Uploads:
         """Note a chunk that we have now."""
         with self._lock:
             swarm = self._swarms.get(key)
-            if swarm is None or swarm.wanted.holding(index) is None:
-                return
-            swarm.slots.held |= 1 << swarm.position(index, chunk)
+            if swarm is not None:
+                swarm.proved(index, chunk)
         self._wake()
 
     def leave(self, key: bytes) -> None:
@@ -306,6 +329,7 @@ class Uploads:
         with self._lock:
             for key, swarm in list(self._swarms.items()):
                 self._look_who_is_here(swarm)
+                look_s = SHOW_S if swarm.show() else LOOK_S
                 if swarm.has_left and not swarm.members:
                     del self._swarms[key]
                     continue
@@ -313,7 +337,7 @@ class Uploads:
                     index, chunk = swarm.place(position)
                     made.append((peer_id, wire.Offer(swarm.wanted.digest(index), chunk)))
                     swarm.offered_at[peer_id] = now
-                deadline = min(deadline, now + LOOK_S, swarm.slots.next_deadline(now))
+                deadline = min(deadline, now + look_s, swarm.slots.next_deadline(now))
         for peer_id, offer in made:
             neighbour = self._neighbours.get(peer_id)
             if neighbour is not None:
