@@ -33,7 +33,7 @@ from .control.holdings import Holdings, set_bits
 from .control.neighbours import Neighbours
 from .download_sources import KnownSource, OriginSpec, given_up, reports_of, why_stuck
 from .limits.rates import RateLimiter
-from .news import News
+from .news import TELL_CROWD_INTERVAL_S, TELL_INTERVAL_S, News
 from .origins.origin import Place, runs_of
 from .origins.source import OriginSource
 from .results import SourceReport
@@ -42,12 +42,6 @@ from .routes import Distance, Routes, Via
 from .swarm.planner import Ask, Cancel, Drop, PassOn, Planner, PlannerLimits, SourceKind
 from .swarm.source import Failure, Outcome, SmallBatch
 from .uploads import Uploads
-
-TELL_INTERVAL_S = 0.5
-"""How often neighbours hear of newly proved chunks."""
-
-TELL_CROWD_INTERVAL_S = 0.03
-"""The same while others fetch the same: what they do not know of they ask the origin for."""
 
 LAST_NEWS_S = 1.0
 """Time for the last news of a download, in which everybody has seen the earlier ones."""
@@ -335,9 +329,7 @@ class Download:
             case Drop(source=name, failure=failure, detail=detail):
                 self._give_up(now, name, failure, detail)
             case PassOn(source=name, object_index=index):
-                neighbour = self._neighbours.get(name)
-                if neighbour is not None:
-                    neighbour.notify(wire.Pass(self._wanted.digest(index)))
+                self._pass_on(name, index)
 
     # ---- getting ready
 
@@ -500,9 +492,12 @@ class Download:
         if not isinstance(message, wire.Offer):
             return  # for our own uploads
         index, source = self._wanted.find(message.digest), self._sources.get(peer_id)
-        if index < 0 or source is None or source.worker is None or index not in source.holds:
+        count = chunk_count(self._wanted.size_bytes(index)) if index >= 0 else 0
+        if message.chunk >= count:
             return
-        if message.chunk >= chunk_count(self._wanted.size_bytes(index)):
+        # It may overtake the news of the chunk; of several chunks, these tell by which list.
+        if source is None or source.worker is None or count > 1 and index not in source.holds:
+            self._pass_on(peer_id, index)
             return
         now = trio.current_time()
         bits = bytearray(message.chunk // 8 + 1)
@@ -510,6 +505,11 @@ class Download:
         self._planner.source_holds(now, peer_id, index, bytes(bits))
         self._planner.source_offers(now, peer_id, index, message.chunk)
         self._events.wake()
+
+    def _pass_on(self, peer_id: str, index: int) -> None:
+        neighbour = self._neighbours.get(peer_id)
+        if neighbour is not None:
+            neighbour.notify(wire.Pass(self._wanted.digest(index)))
 
     def _request_failed(
         self, now: float, name: str, request_id: int, failure: Failure, detail: str

@@ -13,6 +13,12 @@ from tensorswarm.store.wanted import Wanted
 
 from .control import wire
 
+TELL_INTERVAL_S = 0.5
+"""How often neighbours hear of newly proved chunks."""
+
+TELL_CROWD_INTERVAL_S = 0.03
+"""The same while others fetch the same: what they do not know of they ask the origin for."""
+
 
 class News:
     """The news of one download.

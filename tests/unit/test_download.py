@@ -70,6 +70,7 @@ class FakeNeighbours:
     have_model_listeners: list[HaveModelListener] = field(default_factory=list)
     offer_listeners: list[OfferListener] = field(default_factory=list)
     told: list[wire.HaveEntry] = field(default_factory=list)
+    passed: list[bytes] = field(default_factory=list)
     told_more: trio.Event = field(default_factory=trio.Event)
 
     def say(self, peer_id: str, entries: Iterable[wire.HaveEntry]) -> None:
@@ -81,6 +82,18 @@ class FakeNeighbours:
             assert isinstance(message, wire.Have)
             for listener in self.have_listeners:
                 listener(peer_id, message.entries)
+
+    def offer(self, digest: bytes, chunk: int) -> None:
+        """Let PEER offer a chunk."""
+        for listener in self.offer_listeners:
+            listener(PEER, wire.Offer(digest, chunk))
+
+    def get(self, peer_id: str) -> FakeNeighbours:
+        return self
+
+    def notify(self, notice: wire.Offer | wire.Pass) -> None:
+        assert isinstance(notice, wire.Pass)
+        self.passed.append(notice.digest)
 
     def has_given(self, peer_id: str) -> None:
         pass
@@ -214,6 +227,35 @@ def test_part_by_a_false_list_is_not_asked_for_and_its_holder_is_no_liar(
     assert asked_for
     assert bytes_of(ours, DIGEST) == DATA
     assert poisoned.is_missing(2), "alive until here: it was what the peer told of"
+
+
+def test_an_offer_may_overtake_the_news_and_is_answered_in_any_case(
+    stores: tuple[Store, Store],
+) -> None:
+    """Who offers something has it; but of several chunks the news tells by which list."""
+    ours, theirs = stores
+    for data in (DATA, OTHER_DATA, SMALL):
+        theirs.put_blob(data)
+    incoming = [begin(ours, data) for data in (DATA, OTHER_DATA, SMALL)]
+
+    async def main() -> None:
+        neighbours = FakeNeighbours()
+        download = download_of(ours, incoming, neighbours, server)
+        neighbours.offer(DIGEST, 0)
+        assert neighbours.passed == [DIGEST]  # it is no source yet
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(download.run, DEADLINE_S)
+            neighbours.say(PEER, Answers(theirs).holdings([DIGEST]))
+            neighbours.offer(digest_of(OTHER_DATA), 1)
+            assert neighbours.passed == [DIGEST, digest_of(OTHER_DATA)]
+            neighbours.offer(digest_of(SMALL), 0)
+            await neighbours.wait_told(lambda entry: entry.digest == digest_of(SMALL))
+            neighbours.offer(digest_of(SMALL), 7)  # there is no such chunk
+            neighbours.say(PEER, Answers(theirs).holdings([digest_of(OTHER_DATA)]))
+        assert neighbours.passed == [DIGEST, digest_of(OTHER_DATA)]
+
+    with serving(theirs) as (server, _):
+        trio.run(main)
 
 
 def test_without_another_source_it_is_not_found_rather_than_false(
