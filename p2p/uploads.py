@@ -17,8 +17,8 @@ Rules
 - What a member does not want, or may not have, is not offered to it.
 - All tables are bounded: by the neighbours, `MAX_SWARMS` and `MAX_CHUNKS`.
 
-The bulk server's threads call `ask` and `end`; all else happens on trio's thread. The
-clock is the caller's, for tests.
+The bulk server's threads call `ask`, `gave` and `end`, the index's calls `_on_whole`; all else
+happens on trio's thread. The clock is the caller's, for tests.
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import trio
 
 from tensorswarm.store.digest import CHUNK_SIZE, chunk_count
+from tensorswarm.store.runs import runs_in
 from tensorswarm.store.wanted import Wanted
 
 from . import claims
@@ -65,9 +67,6 @@ MAX_SLOT_WAIT_S = 1.0
 
 LOOK_S = 0.25
 """How often it is looked who is a member, while nothing happens."""
-
-SHOW_S = 0.02
-"""The same while something proved is not in the index yet, and so cannot be given."""
 
 GAIN = 0.2
 """Weight of the latest measurement in an average."""
@@ -99,7 +98,6 @@ class _Swarm:
         self.offered_at: dict[str, float] = {}
         self.uploads: dict[tuple[str, int], Upload] = {}
         self.has_left = False
-        self._unshown: set[int] = set()
         self._starts = [0, *itertools.accumulate(map(chunk_count, wanted.sizes()))]
         self._answer_s: float | None = None
         self._upload_s: float | None = None
@@ -128,24 +126,6 @@ class _Swarm:
         """Return the positions of all chunks of a run of objects."""
         count = self._starts[stop] - self._starts[start]
         return (1 << count) - 1 << self._starts[start]
-
-    def proved(self, index: int, chunk: int) -> None:
-        """Note a chunk that we have now, to be offered as soon as others may be told of it."""
-        if self.wanted.holding(index) is None:
-            self._unshown.add(index)  # its way into the index takes a moment
-        else:
-            self.slots.held |= 1 << self.position(index, chunk)
-
-    def show(self) -> bool:
-        """Offer what could not be shown a moment ago; return whether something still cannot."""
-        for index in list(self._unshown):
-            has_ended = self.wanted.has_ended(index)  # asked first: it may end in between
-            held = self.wanted.holding(index)
-            if held is not None:
-                self.slots.held |= self.mask(index, held[1])
-            if held is not None or has_ended:
-                self._unshown.discard(index)
-        return bool(self._unshown)
 
     def note_answer(self, seconds: float) -> None:
         """Note how long a member took to ask for what it was offered."""
@@ -241,12 +221,12 @@ class Uploads:
             for old in list(self._swarms)[: max(0, len(self._swarms) + 1 - MAX_SWARMS)]:
                 del self._swarms[old]
             self._swarms[key] = swarm
+            # First, so that what becomes whole meanwhile is not missed.
+            wanted.whole_listeners.append(partial(self._on_whole, swarm))
             for index in range(len(wanted)):
                 held = wanted.holding(index)
                 if held is not None:
                     swarm.slots.held |= swarm.mask(index, held[1])
-                elif not wanted.missing_bytes(index):
-                    swarm.proved(index, 0)
             for peer_id, holds in known.items():
                 for index, bits in holds.items():
                     swarm.has[peer_id] = swarm.has.get(peer_id, 0) | swarm.mask(index, bits)
@@ -257,11 +237,23 @@ class Uploads:
         return key in self._swarms
 
     def proved(self, key: bytes, index: int, chunk: int) -> None:
-        """Note a chunk that we have now."""
+        """Note a chunk that we have now.
+
+        Of an object on its way into the index nothing can be given for that moment; it is
+        offered when it is there (`_on_whole`).
+        """
         with self._lock:
             swarm = self._swarms.get(key)
-            if swarm is not None:
-                swarm.proved(index, chunk)
+            if swarm is None or swarm.wanted.holding(index) is None:
+                return
+            swarm.slots.held |= 1 << swarm.position(index, chunk)
+        self._wake()
+
+    def _on_whole(self, swarm: _Swarm, indices: Sequence[int]) -> None:
+        """Note objects that are in the index now; called from its thread."""
+        with self._lock:
+            for start, stop in runs_in(indices):
+                swarm.slots.held |= swarm.mask_of_run(indices[start], indices[stop - 1] + 1)
         self._wake()
 
     def leave(self, key: bytes) -> None:
@@ -329,7 +321,6 @@ class Uploads:
         with self._lock:
             for key, swarm in list(self._swarms.items()):
                 self._look_who_is_here(swarm)
-                look_s = SHOW_S if swarm.show() else LOOK_S
                 if swarm.has_left and not swarm.members:
                     del self._swarms[key]
                     continue
@@ -337,7 +328,7 @@ class Uploads:
                     index, chunk = swarm.place(position)
                     made.append((peer_id, wire.Offer(swarm.wanted.digest(index), chunk)))
                     swarm.offered_at[peer_id] = now
-                deadline = min(deadline, now + look_s, swarm.slots.next_deadline(now))
+                deadline = min(deadline, now + LOOK_S, swarm.slots.next_deadline(now))
         for peer_id, offer in made:
             neighbour = self._neighbours.get(peer_id)
             if neighbour is not None:

@@ -79,6 +79,8 @@ class Wanted:
         The objects of which these are some.
     on_whole : callable or None
         Hears of each object that is whole, by its digest, in any thread.
+    whole_listeners : list of callable
+        Hear the same by position, of several at once: from now on `holding` tells of them.
     """
 
     def __init__(self, receiver: Receiver, table: ObjectTable, indices: Sequence[int]) -> None:
@@ -87,6 +89,7 @@ class Wanted:
         self._indices = indices
         self.digests: Sequence[bytes] = _Digests(self)
         self.on_whole: Callable[[bytes], None] | None = None
+        self.whole_listeners: list[Callable[[Sequence[int]], None]] = []
         self._states = bytearray([_READY if size <= CHUNK_SIZE else _IDLE for size in self.sizes()])
         self._begun: frozenset[bytes] = frozenset()
         self._lists: dict[int, bytes] = {}  # of those prepared and not begun
@@ -429,7 +432,11 @@ class Wanted:
             self._error = self._error or error
             if not self._left or self._error is not None:
                 self._changed.notify_all()
-        if error is None and self.on_whole is not None:
+        if error is not None:
+            return
+        for listener in self.whole_listeners:
+            listener(indices)
+        if self.on_whole is not None:
             for index in indices:
                 self.on_whole(self.digest(index))
 

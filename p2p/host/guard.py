@@ -197,31 +197,8 @@ def build(
     tell_by_halves()
     make_lean()
     vars(swarm_module)["new_protected_conn"] = ProtectedConnection  # see `pnet`
-    max_connections += MAX_HALF_OPEN  # who has shaken hands may stand beside whom it displaces
-    config = ConnectionConfig(
-        max_connections=max_connections,
-        min_connections=0,  # all of them may be inbound: a hub has only such
-        low_watermark=0,
-        high_watermark=max_connections,  # connections are refused, not pruned
-        max_connections_per_peer=1,  # with more, a connect takes 250 ms instead of 10
-        inbound_upgrade_timeout=UPGRADE_TIMEOUT_S,
-        outbound_upgrade_timeout=UPGRADE_TIMEOUT_S,
-    )
-    resources = ResourceManager(
-        limits=ResourceLimits(
-            max_connections=2 * max_connections + 64,  # each counts twice while it is set up
-            max_streams=MAX_STREAMS,
-        ),
-        connection_limits=ConnectionLimits(
-            max_established_inbound=max_connections,
-            max_established_outbound=max_connections,
-            max_established_per_peer=MAX_CONNECTIONS_PER_PEER,
-            max_established_total=max_connections,
-        ),
-        enable_metrics=False,  # they keep an entry for every peer ever seen
-        enable_circuit_breaker=False,
-        enable_graceful_degradation=False,
-    )
+    # Who has shaken hands may stand beside whom it displaces.
+    config, resources = _limits(max_connections + MAX_HALF_OPEN)
     peerstore = GuardedPeerStore()
     noise_key = create_new_x25519_key_pair().private_key
     host = new_host(
@@ -252,6 +229,35 @@ def build(
     guard_streams(swarm, door.streams)
     guard_door(swarm, door)
     return host, swarm, peerstore
+
+
+def _limits(max_connections: int) -> tuple[ConnectionConfig, ResourceManager]:
+    """Return py-libp2p's limits; all of the connections may come from outside."""
+    config = ConnectionConfig(
+        max_connections=max_connections,
+        min_connections=0,  # all of them may be inbound: a hub has only such
+        low_watermark=0,
+        high_watermark=max_connections,  # connections are refused, not pruned
+        max_connections_per_peer=1,  # with more, a connect takes 250 ms instead of 10
+        inbound_upgrade_timeout=UPGRADE_TIMEOUT_S,
+        outbound_upgrade_timeout=UPGRADE_TIMEOUT_S,
+    )
+    resources = ResourceManager(
+        limits=ResourceLimits(
+            max_connections=2 * max_connections + 64,  # each counts twice while it is set up
+            max_streams=MAX_STREAMS,
+        ),
+        connection_limits=ConnectionLimits(
+            max_established_inbound=max_connections,
+            max_established_outbound=max_connections,
+            max_established_per_peer=MAX_CONNECTIONS_PER_PEER,
+            max_established_total=max_connections,
+        ),
+        enable_metrics=False,  # they keep an entry for every peer ever seen
+        enable_circuit_breaker=False,
+        enable_graceful_degradation=False,
+    )
+    return config, resources
 
 
 def guard_streams(swarm: Swarm, budget: StreamBudget) -> None:

@@ -7,17 +7,16 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from tensorswarm.p2p.control import wire
 from tensorswarm.p2p.control.neighbours import Neighbours
 from tensorswarm.p2p.control.object_set import ObjectSet
 from tensorswarm.p2p.swarm.upload_slots import OFFER_S
-from tensorswarm.p2p.uploads import MAX_AHEAD, OFFERS, SHOW_S, Upload, Uploads
+from tensorswarm.p2p.uploads import MAX_AHEAD, OFFERS, Upload, Uploads
 from tensorswarm.store.digest import CHUNK_SIZE, chunk_list_of, digest_of
 from tensorswarm.store.manifest import ObjectRef
 from tensorswarm.store.store import Store
-from tensorswarm.store.wanted import Holding, Wanted
 from tests.support.store_world import DEADLINE_S, random_bytes
 
 DATA = random_bytes(5 * CHUNK_SIZE, 7)
@@ -191,34 +190,22 @@ def test_offers_end_when_we_are_through_and_nobody_is_left(tmp_path: Path) -> No
     assert not world.uploads.is_open(MODEL)
 
 
-class Late:
-    """What is wanted, of which nothing can be shown before the index has it."""
-
-    def __init__(self, wanted: Wanted) -> None:
-        self._wanted = wanted
-        self.is_shown = False
-
-    def __len__(self) -> int:
-        return len(self._wanted)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._wanted, name)
-
-    def holding(self, index: int) -> Holding | None:
-        return self._wanted.holding(index) if self.is_shown else None
-
-
 def test_what_is_on_its_way_into_the_index_is_offered_when_it_is_there(tmp_path: Path) -> None:
     """It is proved once, and nobody says it again."""
     world = World(tmp_path)
-    late = Late(world.wanted)
+    small = b"of one chunk"
+    ref = ObjectRef(digest_of(small), len(small), b"")
+    world.wanted = world.store.wanted_of([world.store.receive(ref, b"")])
     one = world.neighbours.add("one")
-    world.uploads.open(MODEL, cast(Wanted, late), {})
-    world.uploads.proved(MODEL, 0, 2)
-    assert world.uploads.look() <= SHOW_S
+    one.interests.add([ref.digest])
+    world.open()
+    world.uploads.proved(MODEL, 0, 0)
+    world.uploads._swarms[MODEL].slots.held = 0  # as if it had not been there yet
+    world.uploads.look()
     assert not one.offers
-    late.is_shown = True
-    assert world.uploads.look() > SHOW_S
+    world.wanted.write_chunk(0, 0, memoryview(small))
+    world.wanted.wait_ended()
+    world.uploads.look()
     assert len(one.offers) == 1
 
 
