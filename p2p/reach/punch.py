@@ -38,7 +38,7 @@ from tensorswarm.store.errors import NoSource, RemoteError
 
 from ..host.addresses import Scope, tcp_host
 from ..host.host import Host, Stream
-from . import circuit, dcutr
+from . import circuit, dcutr, dcutr_wire
 from .dcutr import DCUTR_PROTOCOL, Answerer, BackOffs, Beginner, Dial
 from .observed import Observers, of_scope
 from .relay_client import RelayClient
@@ -290,10 +290,10 @@ class Puncher:
             self._knocking.add(peer_id)
             messages = MessageStream(stream)
             beginner = Beginner(own)
-            await messages.write_bytes(dcutr.encode(beginner.connect(trio.current_time())))
-            answer = dcutr.parse(await messages.read_bytes("CONNECT"))
+            await messages.write_bytes(dcutr_wire.encode(beginner.connect(trio.current_time())))
+            answer = dcutr_wire.parse(await messages.read_bytes("CONNECT"))
             sync, dial = beginner.receive(trio.current_time(), answer)
-            await messages.write_bytes(dcutr.encode(sync))
+            await messages.write_bytes(dcutr_wire.encode(sync))
             await self._knock(peer_id, dial)
         except BaseException:
             stream.abort()
@@ -331,7 +331,7 @@ class Puncher:
             for _ in range(2 * dcutr.ATTEMPTS):  # each is a CONNECT and a SYNC
                 if not self._host.is_relayed(peer_id):
                     return
-                message = dcutr.parse(await messages.read_bytes("CONNECT or SYNC"))
+                message = dcutr_wire.parse(await messages.read_bytes("CONNECT or SYNC"))
                 step = answerer.receive(trio.current_time(), message)
                 if isinstance(step, Dial):
                     await self._knock_as_client(peer_id, step)
@@ -339,7 +339,7 @@ class Puncher:
                 # It may dial us as soon as it has our answer, and before we dial it.
                 places |= {tcp_host(addr) for addr in of_scope(message.addrs, self._innermost)}
                 expected.update(dict.fromkeys(places, peer_id))
-                await messages.write_bytes(dcutr.encode(step))
+                await messages.write_bytes(dcutr_wire.encode(step))
         finally:
             self._knocking.discard(peer_id)
             for place in places:

@@ -24,7 +24,7 @@ from tensorswarm.p2p.host.addresses import (
     tcp_host,
 )
 from tensorswarm.p2p.host.host import Host
-from tensorswarm.p2p.reach import dcutr, observed, punch
+from tensorswarm.p2p.reach import dcutr, dcutr_wire, observed, punch
 from tensorswarm.p2p.reach.dcutr import DCUTR_PROTOCOL, HolePunch, Kind
 from tensorswarm.p2p.reach.observed import believed, of_scope
 from tensorswarm.p2p.reach.punch import Puncher
@@ -253,8 +253,8 @@ async def begin(it: Scene, *messages: bytes) -> bytes:
         stream.abort()
 
 
-CONNECT = dcutr.encode(HolePunch(Kind.CONNECT, ("/ip4/127.0.0.1/tcp/1",)))
-SYNC = dcutr.encode(HolePunch(Kind.SYNC))
+CONNECT = dcutr_wire.encode(HolePunch(Kind.CONNECT, ("/ip4/127.0.0.1/tcp/1",)))
+SYNC = dcutr_wire.encode(HolePunch(Kind.SYNC))
 
 
 def test_nonsense_ends_the_stream_and_nothing_else() -> None:
@@ -263,7 +263,7 @@ def test_nonsense_ends_the_stream_and_nothing_else() -> None:
             await it.connect()
             for messages in ((b"\xff" * 100,), (SYNC,), (b"\x08\x64" + b"\x12\x00" * 3000,)):
                 assert await begin(it, *messages) == b""
-            assert dcutr.parse(await begin(it, CONNECT)).kind is Kind.CONNECT
+            assert dcutr_wire.parse(await begin(it, CONNECT)).kind is Kind.CONNECT
             assert it.other.is_relayed(it.hidden.peer_id)
             assert await it.echoes()
 

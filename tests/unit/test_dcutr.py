@@ -6,7 +6,7 @@ import pytest
 from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch as TheirPunch
 from multiaddr import Multiaddr
 
-from tensorswarm.p2p.reach import dcutr
+from tensorswarm.p2p.reach import dcutr, dcutr_wire
 from tensorswarm.p2p.reach.dcutr import Answerer, BackOffs, Beginner, Dial, HolePunch, Kind
 from tensorswarm.store.errors import ProtocolError
 
@@ -15,15 +15,16 @@ THEIRS = ("/ip4/198.51.100.4/tcp/50123",)
 
 
 def test_messages_are_those_of_libp2p() -> None:
-    written = dcutr.encode(HolePunch(Kind.CONNECT, OURS))
+    written = dcutr_wire.encode(HolePunch(Kind.CONNECT, OURS))
     read = TheirPunch()
     read.ParseFromString(written)
     assert read.type == TheirPunch.CONNECT
     assert [str(Multiaddr(raw)) for raw in read.ObsAddrs] == list(OURS)
     assert read.SerializeToString() == written
-    assert dcutr.parse(written) == HolePunch(Kind.CONNECT, OURS)
+    assert dcutr_wire.parse(written) == HolePunch(Kind.CONNECT, OURS)
     assert (
-        dcutr.encode(HolePunch(Kind.SYNC)) == TheirPunch(type=TheirPunch.SYNC).SerializeToString()
+        dcutr_wire.encode(HolePunch(Kind.SYNC))
+        == TheirPunch(type=TheirPunch.SYNC).SerializeToString()
     )
 
 
@@ -43,13 +44,13 @@ def test_addresses_of_other_transports_are_left_out() -> None:
         type=TheirPunch.CONNECT, ObsAddrs=[Multiaddr(addr).to_bytes() for addr in addrs]
     )
     message.ObsAddrs.append(b"\x04\x01")
-    assert dcutr.parse(message.SerializeToString()).addrs == OURS
+    assert dcutr_wire.parse(message.SerializeToString()).addrs == OURS
 
 
 def test_no_more_addresses_are_read_than_a_host_has() -> None:
     raw = [Multiaddr(f"/ip4/203.0.113.9/tcp/{port}").to_bytes() for port in range(1, 100)]
     message = TheirPunch(type=TheirPunch.CONNECT, ObsAddrs=raw)
-    assert len(dcutr.parse(message.SerializeToString()).addrs) == dcutr.MAX_ADDRS
+    assert len(dcutr_wire.parse(message.SerializeToString()).addrs) == dcutr_wire.MAX_ADDRS
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def test_no_more_addresses_are_read_than_a_host_has() -> None:
 )
 def test_what_is_no_message_is_refused(data: bytes) -> None:
     with pytest.raises(ProtocolError):
-        dcutr.parse(data)
+        dcutr_wire.parse(data)
 
 
 def test_both_dial_at_the_same_moment() -> None:
