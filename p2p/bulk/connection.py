@@ -31,6 +31,7 @@ from . import clear as bulk_clear
 from . import http1
 from .gate import Gate
 from .http1_small import SmallServerExchange, read_request
+from .peer_reader import PeerReader
 from .send import Sender, shut_down
 from .small_objects import SmallObjects
 from .table import ConnectionTable
@@ -119,7 +120,9 @@ class ServedConnection:
         self._busy = False
         self._is_clear = False
         self._ticket: Hashable | None = None
-        self._reader: tuple[bytes, ObjectReader] | None = None
+        self._reader = PeerReader(
+            "", service.open_reader, service.read_small, service.may_have, service.gate
+        )
         self._input = bytearray(INPUT_BUFFER_BYTES)
         self._start = self._end = 0
         self._output = memoryview(b"")  # a stranger costs no more than its input
@@ -149,7 +152,7 @@ class ServedConnection:
             # Counted before the peer sees the end: who waits for it finds it counted.
             self._table.dismiss(self, failed=failed and not self._table.is_closing())
             self._end_upload()
-            self._drop_reader()
+            self._reader.close()
             with self._abort_lock:
                 self._raw.close()
 
@@ -164,7 +167,7 @@ class ServedConnection:
             )
             self._raw = secured
         secured.do_handshake()
-        self._name = peer_id_of(secured)
+        self._name = self._reader.peer_id = peer_id_of(secured)
         self._busy = not self._table.identify(self, self._name, time.monotonic())
         self._output = memoryview(bytearray(SEND_BUFFER_BYTES))
         identity = self._service.identity
@@ -237,7 +240,7 @@ class ServedConnection:
     def _answer(self, exchange: http1.ServerExchange) -> None:
         _, offset, length = exchange.request
         self._filled_requests += 1
-        reader = self._reader_for(exchange.request)
+        reader = self._reader.reader_for(exchange.request)
         if reader is None:
             self._put(exchange.refusal(http1.NOT_FOUND))
         elif not reader.covers(offset, length):
@@ -268,16 +271,7 @@ class ServedConnection:
         except ProtocolError:
             self._finish(http1.bad_request())
             raise
-        objects = request.objects
-        found = [
-            data if self._service.may_have(self._name, digest) else None
-            for (digest, _), data in zip(objects, self._service.read_small(objects), strict=True)
-        ]
-        if self._service.gate is not None:
-            given = zip(objects, found, strict=True)
-            digests = [digest for (digest, _), data in given if data is not None]
-            self._service.gate.gave(self._name, digests)
-        head, answer = exchange.answer(found)
+        head, answer = exchange.answer(self._reader.small(request.objects))
         self._put(head)
         view = memoryview(answer)
         for start in range(0, len(view), SEND_BUFFER_BYTES // 2):
@@ -297,29 +291,6 @@ class ServedConnection:
         body = bytes(self._input[self._start : self._start + size_bytes])
         self._start += size_bytes
         return body
-
-    def _reader_for(self, request: http1.RangeRequest) -> ObjectReader | None:
-        """Return a reader, the last one if it will do.
-
-        A reader knows what was proved when it was opened: one that does not cover the
-        range is opened again, for the rest may have come since.
-        """
-        if not self._service.may_have(self._name, request.digest):
-            return None
-        if self._reader is not None:
-            digest, reader = self._reader
-            if digest == request.digest and reader.covers(request.offset, request.length):
-                return reader
-            self._drop_reader()
-        opened = self._service.open_reader(request.digest)
-        if opened is not None:
-            self._reader = (request.digest, opened)
-        return opened
-
-    def _drop_reader(self) -> None:
-        if self._reader is not None:
-            self._reader[1].close()
-            self._reader = None
 
     def _put(self, data: bytes | memoryview) -> None:
         """Add what fits the buffer as a whole to the answers that wait to be sent."""

@@ -33,7 +33,8 @@ from ..host.host import Stream
 from ..limits.rates import RateLimiter
 from . import http1
 from .gate import Gate
-from .http1_small import SmallRequest, SmallServerExchange, read_request
+from .http1_small import SmallServerExchange, read_request
+from .peer_reader import PeerReader
 from .small_objects import SmallObjects, read_each
 
 BULK_STREAM_PROTOCOL = "/tensorswarm/bulk/1"
@@ -190,7 +191,9 @@ class _Service:
         self._is_full = is_full
         self._input = bytearray()
         self._output = bytearray()
-        self._reader: tuple[bytes, ObjectReader] | None = None
+        self._reader = PeerReader(
+            peer_id, server.open_reader, server.read_small, server.may_have, server.gate
+        )
 
     async def answer_all(self) -> None:
         try:
@@ -200,7 +203,7 @@ class _Service:
                     return
                 wait_s = self._server.idle_timeout_s
         finally:
-            self._drop_reader()
+            self._reader.close()
 
     async def _next_head(self, wait_s: float) -> bytes | None:
         """Return the next request's head, or None when the peer is through."""
@@ -236,7 +239,7 @@ class _Service:
             await self._answer_small(exchange)
             return True
         _, offset, length = exchange.request
-        reader = await trio.to_thread.run_sync(self._reader_for, exchange.request)
+        reader = await trio.to_thread.run_sync(self._reader.reader_for, exchange.request)
         if reader is None:
             self._output += exchange.refusal(http1.NOT_FOUND)
         elif not reader.covers(offset, length):
@@ -267,7 +270,7 @@ class _Service:
         except ProtocolError:
             await self._send(http1.bad_request())
             raise
-        found = await trio.to_thread.run_sync(self._found, request)
+        found = await trio.to_thread.run_sync(self._reader.small, request.objects)
         head, answer = exchange.answer(found)
         self._output += head
         step = self._server.slice_bytes
@@ -278,19 +281,6 @@ class _Service:
             if len(self._output) >= step:
                 await self._flush()
         self._server.bytes_sent += sum(len(data) for data in found if data is not None)
-
-    def _found(self, request: SmallRequest) -> list[bytes | None]:
-        server, objects = self._server, request.objects
-        found = [
-            data if server.may_have(self._peer_id, digest) else None
-            for (digest, _), data in zip(objects, server.read_small(objects), strict=True)
-        ]
-        if server.gate is not None:
-            given = zip(objects, found, strict=True)
-            server.gate.gave(
-                self._peer_id, [digest for (digest, _), data in given if data is not None]
-            )
-        return found
 
     async def _next_body(self, size_bytes: int) -> bytes:
         """Return the body of a request; at most 10 KiB, so it may wait in memory."""
@@ -334,28 +324,6 @@ class _Service:
         except OSError as error:
             raise LocalError(f"cannot read an object that was asked for: {error}") from error
         return data
-
-    def _reader_for(self, request: http1.RangeRequest) -> ObjectReader | None:
-        """Return a reader, the last one if it covers what is asked for.
-
-        Otherwise the object is opened again: a reader knows what was proved then.
-        """
-        if not self._server.may_have(self._peer_id, request.digest):
-            return None
-        if self._reader is not None:
-            digest, reader = self._reader
-            if digest == request.digest and reader.covers(request.offset, request.length):
-                return reader
-            self._drop_reader()
-        opened = self._server.open_reader(request.digest)
-        if opened is not None:
-            self._reader = (request.digest, opened)
-        return opened
-
-    def _drop_reader(self) -> None:
-        if self._reader is not None:
-            self._reader[1].close()
-            self._reader = None
 
     async def _send(self, last: bytes) -> None:
         self._output += last

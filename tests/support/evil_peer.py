@@ -181,7 +181,7 @@ def spoil_answers(kind: str) -> None:
 
     def answer(connection: Any, exchange: http1.ServerExchange) -> None:
         _, offset, length = exchange.request
-        reader = connection._reader_for(exchange.request)
+        reader = connection._reader.reader_for(exchange.request)
         head = exchange.partial_content(reader.size_bytes)
         if kind == "range":
             head = head.replace(b"bytes %d-" % offset, b"bytes %d-" % (offset + 1))
