@@ -18,7 +18,7 @@ from tensorswarm.store.cid import model_cid
 from tensorswarm.store.errors import NoSource, RemoteError
 from tensorswarm.store.ingest import add_paths
 from tensorswarm.store.store import Store
-from tests.support.events import until_neighbour
+from tests.support.events import until_neighbour, watch_calls
 from tests.support.hosts import ECHO, HERE, assert_serves, echo, receive
 
 PLACES = 12
@@ -89,12 +89,12 @@ def test_the_places_of_those_who_left_are_free() -> None:
     async def main() -> None:
         async with Host(listen=[HERE], max_connections=4) as server:
             server.set_handler(ECHO, echo)
+            left = watch_calls(server.door.places, "left")
             for _ in range(3):
                 async with AsyncExitStack() as stack:
                     assert len(await crowd(stack, server, "127.0.0.2", 3)) == 3
                     await assert_serves(server)
-                while len(server.door.places):  # the goodbyes are on their way
-                    await trio.sleep(0.01)
+                await left.until(lambda: not len(server.door.places))  # goodbyes take a moment
             assert server.door.places.refused == server.door.places.displaced == 0
 
     trio.run(main)

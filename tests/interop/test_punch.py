@@ -32,6 +32,7 @@ from tensorswarm.p2p.reach.relay_client import RelayClient
 from tensorswarm.p2p.reach.relay_server import RelayServer
 from tensorswarm.p2p.reach.relay_wire import MessageStream
 from tensorswarm.store.errors import NoSource, RemoteError
+from tests.support.events import watch_calls
 from tests.support.hosts import ECHO, HERE, assert_serves, echo, receive, run
 
 
@@ -101,6 +102,7 @@ def test_a_relayed_connection_becomes_a_direct_one(
 
     async def main() -> None:
         async with scene(key=key) as it:
+            left = watch_calls(it.server, "_note")
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(settled, it.hidden_puncher, it.other.peer_id)
                 nursery.start_soon(settled, it.puncher, it.hidden.peer_id)
@@ -111,8 +113,7 @@ def test_a_relayed_connection_becomes_a_direct_one(
             assert it.puncher.is_punched(it.hidden.peer_id)
             assert it.hidden_puncher.is_punched(it.other.peer_id)
             assert it.puncher.held_until(it.hidden.peer_id) == 0.0
-            while it.server.statistics().circuits:  # both have left the relay
-                await trio.sleep(0.01)
+            await left.until(lambda: not it.server.statistics().circuits)
             assert it.moved == [it.hidden.peer_id]  # by the one that dialled
             assert await it.echoes()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import trio
 
@@ -25,6 +26,19 @@ class Watch:
         while not condition():
             self._called = trio.Event()
             await self._called.wait()
+
+
+def watch_calls(owner: object, name: str) -> Watch:
+    """Return a watch that is called after each call of an object's method."""
+    watch, inner = Watch(), getattr(owner, name)
+
+    def call(*args: Any) -> Any:
+        result = inner(*args)
+        watch()
+        return result
+
+    setattr(owner, name, call)
+    return watch
 
 
 async def until_neighbour(node: Node, peer_id: str) -> None:
