@@ -9,9 +9,10 @@ Rules
 -----
 - A node is asked with a deadline of `PEER_TIMEOUT_S`; one that fails, or has not answered
   within `SLOW_S` when its look-up ends, is left alone for `DEAD_S`.
-- A look-up first goes straight to the key. Where it ends in a crowd, or gets nowhere within
-  `SLOW_S` or `lookup.MAX_ASKED` questions (invented nodes, where nobody answers), the region
-  of the key is learned from nodes beside it, and asked all over; then it is over.
+- A look-up first goes straight to the key. Where it ends in a crowd, or gets nowhere in the
+  time for that (`SLOW_S`, `STRAIGHT_SHARE`) or with `lookup.MAX_ASKED` questions (invented
+  nodes, where nobody answers), the region of the key is learned from nodes beside it, and
+  asked all over; then it is over.
 - Questions of one look-up: at most `lookup.MAX_ASKED` straight to the key, and in a crowd
   `MAX_ASKED_IN_CROWD` besides.
 - Only addresses that `addresses.believable` leaves are remembered.
@@ -55,6 +56,10 @@ MAX_DEAD = 1_000
 SLOW_S = 1.5
 """Time to get to a key by the straight way, and for each step round a crowd, in seconds: a
 look-up takes 0.1 s where nodes answer. Three of these fit into a round of a search."""
+
+STRAIGHT_SHARE = 1 / 4
+"""Share of a look-up's time for the straight way, if that is more: nobody waits for the
+look-ups behind an announcement, and going round on a busy machine makes it busier."""
 
 LOOK_UPS_ELSEWHERE = 2
 """Look-ups of random keys where there is a crowd: those made before may have met it, too."""
@@ -210,7 +215,7 @@ class Walker:
             async with trio.open_nursery() as nursery:
                 arrived = trio.Event()
                 nursery.start_soon(self._go, straight, question, on_answer, arrived)
-                with trio.move_on_after(SLOW_S):
+                with trio.move_on_after(max(SLOW_S, timeout_s * STRAIGHT_SHARE)):
                     await arrived.wait()
                 found = straight.result()
                 if question.kind == FIND_NODE and arrived.is_set() and not straight.is_exhausted:
