@@ -127,6 +127,12 @@ def random_ids(count: int, rng: np.random.Generator) -> Ids:
     return ids
 
 
+def generator(seed: int, nodes: int) -> np.random.Generator:
+    """Return the random numbers of a run; NumPy takes no negative seed."""
+    sign = [1] if seed < 0 else []
+    return np.random.Generator(np.random.PCG64([abs(seed), nodes, *sign]))
+
+
 def run(nodes: int, seed: int, *, bucket_size: int = 20, lookups: int = 10_000) -> Lookups:
     """Do as `run_many` does, with one size of buckets."""
     return run_many(nodes, seed, bucket_sizes=[bucket_size], lookups=lookups)[0]
@@ -158,7 +164,7 @@ def run_many(
         raise BadInput(f"k: from 1 to {MAX_BUCKET_SIZE}")
     if not (nodes > 0 and 0 < lookups <= MAX_LOOKUPS):
         raise BadInput(f"at least 1 node; look-ups: from 1 to {MAX_LOOKUPS}")
-    rng = np.random.Generator(np.random.PCG64([seed, nodes]))
+    rng = generator(seed, nodes)
     ids = random_ids(nodes, rng)
     starts = rng.integers(0, nodes, size=lookups)
     keys = _random_bits(lookups, rng)

@@ -42,7 +42,7 @@ from numpy.typing import NDArray
 
 from tensorswarm.store.errors import BadInput
 
-from .kademlia import Ids, Indices, closest_to, random_ids
+from .kademlia import Ids, Indices, closest_to, generator, random_ids
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -129,11 +129,15 @@ class Decay:
         Share of keys that were found.
     copies : array of float64, shape (steps,)
         Mean number of records that a look-up met.
+    announced : float
+        Share of keys that somebody was online to take the first time: less than all in
+        networks of few nodes.
     """
 
     hours: Floats
     findable: Floats
     copies: Floats
+    announced: float = 1.0
 
     def at(self, hour: float) -> float:
         """Return the share found at the last look not later than an hour."""
@@ -191,7 +195,7 @@ def run(
     slots = sum(_candidates(nodes, policy, churn) for policy in policies)
     if not 0 < keys * slots <= MAX_RECORDS:
         raise BadInput(f"keys: from 1 to {MAX_RECORDS // slots} with these parameters")
-    rng = np.random.Generator(np.random.PCG64([seed, nodes]))
+    rng = generator(seed, nodes)
     ids = random_ids(nodes, rng)
     wanted = random_ids(keys, rng)
     times = np.arange(int(hours / step_h) + 1, dtype=np.float64) * step_h
@@ -246,6 +250,7 @@ class _Records:
         self._next_announcement = 0.0
         self._findable: list[float] = []
         self._copies: list[float] = []
+        self._announced: float | None = None
 
     def step(self, now: float, online: Flags, losses: Indices) -> None:
         """Announce if it is time, then look every key up."""
@@ -253,6 +258,8 @@ class _Records:
         asked = online & (np.cumsum(online, axis=1) <= self._policy.copies)
         if now >= self._next_announcement:
             self._received[asked] = now
+            if self._announced is None:
+                self._announced = float(asked.any(axis=1).mean())
             self._losses_then[asked] = losses[asked]
             self._next_announcement += self._policy.republish_h
         is_kept = (now - self._received < self._policy.expire_h) & (losses == self._losses_then)
@@ -261,4 +268,5 @@ class _Records:
         self._copies.append(float(met.mean()))
 
     def decay(self, hours: Floats) -> Decay:
-        return Decay(hours, np.array(self._findable), np.array(self._copies))
+        taken = 1.0 if self._announced is None else self._announced
+        return Decay(hours, np.array(self._findable), np.array(self._copies), taken)

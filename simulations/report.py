@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,10 +56,12 @@ def draw(plots: Sequence[Plot], folder: Path) -> list[Path]:
             style = "--" if curve.is_dashed else "-"
             marker = "o" if len(curve.points) <= 20 and not curve.is_dashed else ""
             xs, ys = [x for x, _ in curve.points], [y for _, y in curve.points]
-            axes.plot(xs, ys, linestyle=style, marker=marker, label=curve.label)
+            steps = "steps-post" if plot.is_stepped and not curve.is_dashed else "default"
+            axes.plot(xs, ys, linestyle=style, drawstyle=steps, marker=marker, label=curve.label)
         axes.set(title=plot.title, xlabel=plot.x_label, ylabel=plot.y_label)
         axes.set_xscale("log" if plot.is_log_x else "linear")
-        axes.set_ylim(bottom=0)
+        highest = max((y for curve in plot.curves for _, y in curve.points), default=0.0)
+        axes.set_ylim(0, 1.05 * highest if 0 < highest < math.inf else None)
         axes.grid(visible=True, alpha=0.3)
         axes.legend()
         files.append(folder / f"{plot.name}.png")

@@ -14,7 +14,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
+import math
 import pkgutil
+import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,10 +43,13 @@ MAX_NODE_CHUNKS = 100_000_000
 """Most nodes times chunks in one swarm: above it a run takes a day."""
 
 MAY_BE_ZERO = frozenset(
-    {"ahead", "forgets", "latency_s", "origin", "passing", "random_first", "share", "shared",
-     "start_s", "stays_s", "parts_at_s"}
+    {"ahead", "forgets", "latency_s", "passing", "random_first", "share", "shared", "start_s",
+     "stays_s", "parts_at_s"}
 )  # fmt: skip
 """Parameters of which 0 makes sense though it is not their default."""
+
+COUNTS = ("nodes", "chunks")
+"""Parameters that are whole numbers in any scenario: they are held against the bounds above."""
 
 ALWAYS_REPORTED = (
     "nodes", "chunks", "optimum_s", "last_s", "ratio", "origin_copies", "wasted_bytes",
@@ -81,9 +87,19 @@ class Parameters(Mapping[str, Value]):
         """Return a value as a whole number."""
         return int(self._values[name])
 
-    def number(self, name: str) -> float:
-        """Return a value as a number."""
-        return float(self._values[name])
+    def number(self, name: str, least: float = -math.inf, most: float = math.inf) -> float:
+        """Return a value as a number.
+
+        Raises
+        ------
+        BadInput
+            It is not from `least` to `most`.
+        """
+        value = float(self._values[name])
+        if not least <= value <= most:
+            wanted = f"from {least:g} to {most:g}" if most < math.inf else f"at least {least:g}"
+            raise BadInput(f"{name}: {wanted}")
+        return value
 
     def flag(self, name: str) -> bool:
         """Return a value as a switch."""
@@ -121,6 +137,8 @@ class Plot:
         Its lines.
     is_log_x : bool
         Whether x is drawn in powers of ten.
+    is_stepped : bool
+        Whether y stays as it is until the next x: a count, not a quantity that grows.
     """
 
     name: str
@@ -129,6 +147,7 @@ class Plot:
     y_label: str
     curves: Sequence[Curve]
     is_log_x: bool = False
+    is_stepped: bool = False
 
 
 @dataclass
@@ -202,15 +221,22 @@ class Scenario:
             raise BadInput(f"nodes: from 1 to {MAX_NODES}")
         if int(values.get("nodes", 1)) * int(values.get("chunks", 1)) > MAX_NODE_CHUNKS:
             raise BadInput(f"nodes times chunks: at most {MAX_NODE_CHUNKS}")
-        if not 0 <= float(values.get("share", 0)) < 1:
-            raise BadInput("share: from 0 to below 1")
         with _blaming(self.path):
             outcome: Outcome = self.module.run(Parameters(values), seed)
         if not isinstance(outcome, Outcome):
             raise BadInput(f"{self.path}: run() gave {type(outcome).__name__}, not an Outcome")
-        figures = {**dict.fromkeys(ALWAYS_REPORTED), **outcome.summary}
-        outcome.summary = {"scenario": self.name, "seed": seed, **figures}
+        with _blaming(self.path):
+            figures = {name: _told(value) for name, value in outcome.summary.items()}
+            json.dumps(figures, allow_nan=False)
+        outcome.summary = {
+            "scenario": self.name, "seed": seed, **dict.fromkeys(ALWAYS_REPORTED), **figures
+        }  # fmt: skip
         return outcome
+
+
+def _told(value: object) -> object:
+    """Return a figure as JSON knows it: what never happened took no time that one can tell."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager
@@ -274,9 +300,11 @@ def find(name: str) -> Scenario:
     if name in names():
         module = importlib.import_module(f"{scenarios.__name__}.{name}")
     elif name.endswith(".py") and Path(name).is_file():
-        spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+        # As a member of the package: so a copy's relative imports go on to work.
+        spec = importlib.util.spec_from_file_location(f"{scenarios.__name__}._own", name)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
+        sys.modules[module.__name__] = module  # dataclasses look their own module up there
         path = name
         with _blaming(path):
             spec.loader.exec_module(module)
@@ -286,4 +314,9 @@ def find(name: str) -> Scenario:
     is_whole = (module.__doc__ or "").strip() and callable(getattr(module, "run", None))
     if not is_whole or not isinstance(parameters, Mapping):
         raise BadInput(f"{name} is no scenario: it needs a docstring, PARAMETERS and run()")
+    for each, default in parameters.items():
+        is_count = isinstance(default, int) or each not in COUNTS
+        if not (isinstance(each, str) and isinstance(default, Value) and is_count):
+            kind = type(default).__name__
+            raise BadInput(f"{name}: PARAMETERS: {each!r} cannot be of the type {kind}")
     return Scenario(Path(name).stem, module, path)

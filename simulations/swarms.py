@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from tensorswarm.p2p.swarm.membership import MembershipLimits
 from tensorswarm.p2p.swarm.planner import PlannerLimits
 from tensorswarm.store.digest import CHUNK_SIZE
+from tensorswarm.store.errors import BadInput
 
 from .measure import finish_curve, summary
 from .peer import Nature
-from .scenario import Outcome, Parameters, Plot, Value
+from .scenario import MAX_NODE_CHUNKS, Curve, Outcome, Parameters, Plot, Value
 from .world import Setup, World
 
 COMMON: dict[str, Value] = {
@@ -34,6 +35,18 @@ COMMON: dict[str, Value] = {
 """Parameters of every swarm. `chunk_s` is what an uplink takes for a chunk, `origin` the
 origin's uplink in uplinks of a node, `start_s` the time within which the nodes start;
 `slots`, `ahead` and `offers` are how nodes serve; the rest are rules of the planner."""
+
+
+MAX_SWARM_NODES = 100_000
+"""Most nodes of a swarm, those that lie, stall or pass by included: each takes some 100 kB."""
+
+
+def check_size(nodes: int, chunks: int) -> None:
+    """Raise BadInput for a swarm that no machine would get done with."""
+    if nodes > MAX_SWARM_NODES:
+        raise BadInput(f"{nodes} nodes in a swarm: at most {MAX_SWARM_NODES}")
+    if nodes * chunks > MAX_NODE_CHUNKS:
+        raise BadInput(f"{nodes} nodes times {chunks} chunks: at most {MAX_NODE_CHUNKS}")
 
 
 def rate_of(parameters: Parameters) -> float:
@@ -66,6 +79,7 @@ def setup_of(parameters: Parameters) -> Setup:
 
 def starts(parameters: Parameters, seed: int) -> list[float]:
     """Return when each node starts: evenly at random within `start_s`."""
+    check_size(parameters.integer("nodes"), parameters.integer("chunks"))
     rng = random.Random(f"{seed}/starts")
     spread_s = parameters.number("start_s")
     return [rng.random() * spread_s for _ in range(parameters.integer("nodes"))]
@@ -83,17 +97,22 @@ def run_world(
     natures: Sequence[Nature],
     optimum_s: float,
     prepare: Callable[[World], None] = lambda world: None,
+    *,
+    bound: str = "least possible",
 ) -> tuple[World, Outcome]:
-    """Run a world to its end; return it, with the figures that every swarm gives."""
+    """Run a world to its end; return it, with the figures that every swarm gives.
+
+    `bound` is what the plot calls `optimum_s`; empty where that is no time of the whole run.
+    """
+    check_size(len(natures), parameters.integer("chunks"))
     world = World(setup_of(parameters), natures, seed)
     prepare(world)
     world.run()
+    curves = [finish_curve(world, "simulated")]
+    if bound:
+        curves.append(Curve(bound, [(optimum_s, 0), (optimum_s, len(natures))], is_dashed=True))
     plot = Plot(
-        "finished",
-        "Nodes that have everything",
-        "time in s",
-        "nodes",
-        [finish_curve(world, "simulated")],
+        "finished", "Nodes that have everything", "time in s", "nodes", curves, is_stepped=True
     )
     outcome = Outcome(
         summary(world, optimum_s), plots=[plot], failures=list(world.checker.failures)

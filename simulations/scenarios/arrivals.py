@@ -12,7 +12,7 @@ import random
 
 from ..peer import Nature
 from ..scenario import Outcome, Parameters
-from ..swarms import COMMON, rate_of, run_world
+from ..swarms import COMMON, check_size, rate_of, run_world
 
 PARAMETERS = {
     **COMMON,
@@ -27,6 +27,7 @@ PARAMETERS = {
 
 def run(parameters: Parameters, seed: int) -> Outcome:
     """Run it once."""
+    check_size(parameters.integer("nodes"), parameters.integer("chunks"))
     rng = random.Random(f"{seed}/arrivals")
     rate = rate_of(parameters)
     stays_s = parameters.number("stays_s")
@@ -35,10 +36,11 @@ def run(parameters: Parameters, seed: int) -> Outcome:
     at = 0.0
     for _ in range(parameters.integer("nodes")):
         at += rng.expovariate(1 / parameters.number("every_s"))
-        natures.append(Nature(rate, downlink, starts_at=at, stays_s=rng.expovariate(1 / stays_s)))
+        stay_s = rng.expovariate(1 / stays_s) if stays_s else 0.0
+        natures.append(Nature(rate, downlink, starts_at=at, stays_s=stay_s))
     file_s = parameters.integer("chunks") * parameters.number("chunk_s")
     model_s = max(file_s / parameters.number("downlink"), file_s - stays_s)
-    world, outcome = run_world(parameters, seed, natures, model_s)
+    world, outcome = run_world(parameters, seed, natures, model_s, bound="")
     later = world.finishers[len(world.finishers) // 3 :]  # the first ones meet an empty swarm
     times = [(peer.finished_at or math.inf) - peer.nature.starts_at for peer in later]
     mean_s = sum(times) / len(times)

@@ -15,7 +15,7 @@ from tensorswarm.store.digest import CHUNK_SIZE
 
 from ..peer import Nature
 from ..scenario import Curve, Outcome, Parameters, Plot, Row
-from ..swarms import COMMON, rate_of, run_world
+from ..swarms import COMMON, check_size, rate_of, run_world
 from ..world import World
 
 PARAMETERS = {
@@ -33,7 +33,7 @@ def run(parameters: Parameters, seed: int) -> Outcome:
     """Run the day twice: keyed by tensor, and keyed by file."""
     rng = random.Random(f"{seed}/fine-tunes")
     models, size = parameters.integer("models"), parameters.integer("chunks")
-    base = round(size * parameters.number("shared"))
+    base = round(size * parameters.number("shared", most=1.0))
     choices = [rng.randrange(models) for _ in range(parameters.integer("nodes"))]
     times = sorted(rng.random() * parameters.number("day_s") for _ in choices)
     rows: list[Row] = []
@@ -42,13 +42,12 @@ def run(parameters: Parameters, seed: int) -> Outcome:
     first: Outcome | None = None
     for label, common in (("by tensor", base), ("by file", 0)):
         own = size - common
-        wants = [
-            (1 << common) - 1 | (1 << own) - 1 << common + model * own for model in range(models)
-        ]
+        check_size(len(choices), common + models * own)
         natures = [
             Nature(
                 rate_of(parameters), math.inf, starts_at=at,
-                stays_s=parameters.number("stays_s"), wants=wants[model],
+                stays_s=parameters.number("stays_s"),
+                wants=(1 << common) - 1 | (1 << own) - 1 << common + model * own,
             )
             for at, model in zip(times, choices, strict=True)
         ]  # fmt: skip
@@ -59,7 +58,14 @@ def run(parameters: Parameters, seed: int) -> Outcome:
         curves.append(Curve(label, _origin_curve(world)))
         failures += [f"{label}: {failure}" for failure in outcome.failures]
     assert first is not None
-    plot = Plot("fine_tunes", "Downloads over the day", "time in s", "nodes finished", curves)
+    plot = Plot(
+        "fine_tunes",
+        "Downloads over the day",
+        "time in s",
+        "nodes finished",
+        curves,
+        is_stepped=True,
+    )
     return Outcome(first.summary, {"fine_tunes": rows}, [plot], failures)
 
 

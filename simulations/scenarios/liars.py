@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 
+from tensorswarm.store.errors import BadInput
+
 from ..peer import Nature
 from ..scenario import Curve, Outcome, Parameters, Plot, Row
-from ..swarms import COMMON, rate_of, run_world, starts
+from ..swarms import COMMON, check_size, rate_of, run_world, starts
 
 PARAMETERS = {**COMMON, "nodes": 24, "chunks": 64, "share": 0.3, "sweep": False, "seeds": 1}
 
@@ -40,7 +42,7 @@ def run_one(parameters: Parameters, seed: int) -> Outcome:
     outcome = Outcome({})
     for each in SWEEP if parameters.flag("sweep") else (0.0, share):
         natures = crowd(parameters, seed, each)
-        world, outcome = run_world(parameters, seed, natures, plain_s or 1.0)
+        world, outcome = run_world(parameters, seed, natures, plain_s or 1.0, bound="")
         last_s = max(peer.finished_at or math.inf for peer in world.finishers)
         plain_s = plain_s or last_s
         met = {name for peer in world.peers for name in peer.lied_to_by}
@@ -75,7 +77,10 @@ def crowd(parameters: Parameters, seed: int, share: float) -> list[Nature]:
     """Return the honest nodes, as many whatever the share, and the liars besides."""
     rate, times = rate_of(parameters), starts(parameters, seed)
     honest = [Nature(rate, math.inf, starts_at=at) for at in times]
+    if not 0 <= share < 1:
+        raise BadInput("share: from 0 to below 1, for somebody has to be honest")
     count = round(len(honest) * share / (1 - share))
+    check_size(len(honest) + count, parameters.integer("chunks"))
     return honest + [
         Nature(rate, math.inf, starts_at=times[i % len(times)], is_liar=True) for i in range(count)
     ]

@@ -20,7 +20,9 @@ def run(parameters: Parameters, seed: int) -> Outcome:
     """Run it once."""
     rng = random.Random(f"{seed}/nat")
     natures = receivers(parameters, seed)
-    hidden = rng.sample(range(len(natures)), round(len(natures) * parameters.number("share")))
+    hidden = rng.sample(
+        range(len(natures)), round(len(natures) * parameters.number("share", most=1.0))
+    )
     for i in hidden:
         natures[i] = replace(natures[i], is_behind_nat=True)
     optimum_s = broadcast_optimum_s(

@@ -33,5 +33,7 @@ def run(parameters: Parameters, seed: int) -> Outcome:
         curves.append(finish_curve(world, label))
         failures += [f"{label}: {failure}" for failure in outcome.failures]
     curves.append(Curve("optimum", [(optimum_s, 0.0), (optimum_s, nodes)], is_dashed=True))
-    plot = Plot("rules", "What each rule is worth", "time in s", "nodes finished", curves)
+    plot = Plot(
+        "rules", "What each rule is worth", "time in s", "nodes finished", curves, is_stepped=True
+    )
     return Outcome(summary or {}, {"rules": rows}, [plot], failures)

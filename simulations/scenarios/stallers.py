@@ -23,6 +23,6 @@ def run(parameters: Parameters, seed: int) -> Outcome:
         for nature in crowd(parameters, seed, parameters.number("share"))
     ]
     plain_s = float(str(plain.summary["last_s"]))
-    outcome = run_world(parameters, seed, natures, plain_s)[1]
+    outcome = run_world(parameters, seed, natures, plain_s, bound="without stallers")[1]
     outcome.failures = [*plain.failures, *outcome.failures]
     return outcome

@@ -45,3 +45,19 @@ def test_a_parameter_out_of_its_limits_is_told_in_one_line() -> None:
         with pytest.raises(BadInput) as caught:
             scenario.find(name).run(1, settings, nodes=100)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["kademlia", "provider_decay"])
+def test_a_negative_seed_is_a_seed(name: str) -> None:
+    settings = {"lookups": "50"} if name == "kademlia" else {"keys": "20", "hours": "2"}
+    one, same, other = (
+        scenario.find(name).run(seed, settings, nodes=500).summary["trace_digest"]
+        for seed in (-5, -5, 5)
+    )
+    assert one == same != other
+
+
+def test_a_key_that_nobody_was_online_to_take_breaks_no_rule() -> None:
+    for seed in range(4):
+        outcome = scenario.find("provider_decay").run(seed, {"keys": "5", "hours": "2"}, nodes=1)
+        assert outcome.failures == []

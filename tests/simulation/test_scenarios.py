@@ -77,6 +77,45 @@ def test_nonsense_is_refused_in_one_line(settings: dict[str, str]) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "told"),
+    [
+        ("flash_crowd", {"origin": "0"}, "origin: it cannot be 0"),
+        ("uplinks", {"origin": "0"}, "origin: it cannot be 0"),
+        ("fine_tunes", {"origin": "0"}, "origin: it cannot be 0"),
+        ("fine_tunes", {"shared": "2"}, "shared: from"),
+        ("fine_tunes", {"models": "2000000"}, "chunks: at most"),
+        ("churn", {"shape": "0.001"}, "shape: at least 0.1"),
+        ("churn", {"passing": "2000000"}, "nodes in a swarm: at most"),
+        ("liars", {"share": "0.999999999"}, "nodes in a swarm: at most"),
+        ("stallers", {"share": "1"}, "share: from 0 to below 1"),
+        ("nat", {"share": "1.5"}, "share: from"),
+        ("broadcast", {"nodes": "2000000", "chunks": "1"}, "nodes in a swarm: at most"),
+        ("arrivals", {"nodes": "2000000", "chunks": "1"}, "nodes in a swarm: at most"),
+    ],
+)
+def test_what_no_swarm_can_be_is_refused_before_it_is_built(
+    name: str, settings: dict[str, str], told: str
+) -> None:
+    with pytest.raises(BadInput, match=told):
+        scenario.find(name).run(1, settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("nat", {"share": "1", "nodes": "4"}), ("arrivals", {"stays_s": "0", "nodes": "4"})],
+)
+def test_the_edge_of_what_can_be_runs(name: str, settings: dict[str, str]) -> None:
+    assert not scenario.find(name).run(1, settings | {"chunks": "8"}).failures
+
+
+def test_the_plot_shows_the_optimum_beside_the_run() -> None:
+    outcome = scenario.find("broadcast").run(1, {"nodes": "2", "chunks": "4"})
+    (plot,) = outcome.plots
+    assert plot.is_stepped
+    assert [point[0] for point in plot.curves[1].points] == [outcome.summary["optimum_s"]] * 2
+
+
 NOT_BY_CHANCE = {"rules", "partition"}
 """Scenarios of many runs; and one in which, right after the parts have met again, a node may
 rightly ask the origin for what it does not know yet that others can give in time."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tensorswarm.cli.main import main
-from tensorswarm.simulations import scenario
+from tensorswarm.simulations import report, scenario
 from tensorswarm.store.errors import BadInput
 
 OWN = '''"""A scenario of one's own.
@@ -28,6 +28,25 @@ def run(parameters, seed):
     failures = ["nodes must not be 13"] if summary["nodes"] == 13 else []
     return Outcome(summary, {"rows": [{"a": 1}, {"b": 2}]}, [plot], failures)
 '''
+
+OUTCOME = """
+from tensorswarm.simulations.scenario import Outcome
+PARAMETERS = {}
+def run(p, s):
+    return """
+
+WITH_A_CLASS = """'Copied.'
+from __future__ import annotations
+from dataclasses import dataclass
+from ..scenario import Outcome
+from .liars import SWEEP
+PARAMETERS = {}
+@dataclass
+class Figures:
+    share: float
+def run(p, s):
+    return Outcome({"share": Figures(SWEEP[1]).share})
+"""
 
 
 @pytest.fixture
@@ -66,6 +85,10 @@ def test_a_wrong_setting_is_named(own: str, settings: dict[str, str]) -> None:
         ("'Fails.'\nPARAMETERS = {}\ndef run(p, s):\n    1 / 0", "line 4: ZeroDivisionError"),
         ("'Deep.'\nPARAMETERS = {}\ndef run(p, s):\n    p.integer('a')", "line 4: KeyError: 'a'"),
         ("'None.'\nPARAMETERS = {}\ndef run(p, s): ...", "gave NoneType, not an Outcome"),
+        ("'Type.'\nPARAMETERS = {'a': None}\ndef run(p, s): ...", "'a' cannot be of the type None"),
+        ("'Type.'\nPARAMETERS = {'chunks': 'a'}\ndef run(p, s): ...", "'chunks' cannot be of"),
+        (f"'Sum.'{OUTCOME}Outcome(3)", "AttributeError"),
+        (f"'Sum.'{OUTCOME}Outcome({{'a': object()}})", "TypeError: Object of type object"),
     ],
 )
 def test_a_file_that_fails_is_blamed_in_one_line_and_exit_2(
@@ -120,3 +143,25 @@ def test_wrong_usage_is_one_line_and_exit_2(capsys: pytest.CaptureFixture[str]) 
     assert main(["sim", "no-such-scenario"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert main(["sim", "list", "--json"]) == 0
+
+
+def test_a_copy_of_a_scenario_imports_as_the_original_did(tmp_path: Path) -> None:
+    (tmp_path / "copied.py").write_text(WITH_A_CLASS)
+    assert scenario.find(str(tmp_path / "copied.py")).run(1, {}).summary["share"] == 0.1
+
+
+def test_what_is_no_number_is_null_in_the_document(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "own.py"
+    own.write_text(f"'Never.'{OUTCOME}Outcome({{'last_s': float('inf'), 'ratio': float('nan')}})")
+    assert main(["sim", str(own), "--json", "--out", str(tmp_path)]) == 0
+    for text in (capsys.readouterr().out, (tmp_path / "summary.json").read_text()):
+        document = json.loads(text, parse_constant=pytest.fail)
+        assert (document["last_s"], document["ratio"]) == (None, None)
+
+
+def test_a_plot_has_room_above_its_highest_point(tmp_path: Path) -> None:
+    for points in ([(0, 1.0), (1, 1.0)], [(0, 0.0)], [(0, float("inf"))], []):
+        plot = scenario.Plot("p", "t", "x", "y", [scenario.Curve("a", points)], is_stepped=True)
+        assert report.draw([plot], tmp_path)[0].read_bytes().startswith(b"\x89PNG")
