@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from benchmarks.discovery import PATIENCE_S, measure_announcing, measure_crash, network
-from tensorswarm.p2p.dht import discovery, publish, server, walker
+from tensorswarm.p2p.dht import announce_round, discovery, server, walker
 from tensorswarm.p2p.host import guard
 
 KEYS = 1_000
@@ -24,8 +24,8 @@ def _unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
         (walker, "PEER_TIMEOUT_S"),
         (walker, "SLOW_S"),
         (discovery, "LOOKUP_TIMEOUT_S"),
-        (publish, "OPEN_TIMEOUT_S"),
-        (publish, "PROGRESS_TIMEOUT_S"),
+        (announce_round, "OPEN_TIMEOUT_S"),
+        (announce_round, "PROGRESS_TIMEOUT_S"),
         (server, "IDLE_TIMEOUT_S"),
         (server, "WRITE_TIMEOUT_S"),
         (guard, "UPGRADE_TIMEOUT_S"),
