@@ -13,8 +13,6 @@ Rules
   dialled while there is one.
 - Every wait has a deadline; no method hangs on a peer.
 - The first connections leave from the port that is listened on (`own_port`).
-- Dialling tries all addresses of a peer, each a little after the one before, and
-  the first connection made ends the other attempts.
 - A remote's misbehaviour never stops the host: it costs its own connection.
 - Closing takes less than two seconds, whatever the peers do.
 
@@ -27,7 +25,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
-from functools import lru_cache
 from types import TracebackType
 
 import trio
@@ -50,13 +47,13 @@ from .addresses import (
     MAX_ADDRS_PER_PEER,
     PeerAddress,
     advertised,
-    is_circuit,
     parse_listen,
     parse_peer_address,
     plain,
     with_peer_id,
 )
-from .dial import cause_of, interfaces, resolve, usable
+from .dial import cause_of, interfaces, libp2p_id, usable
+from .dialer import CircuitDialer, Dialer
 from .door import Door
 from .goodbye import end, end_all
 from .own_port import OwnPort
@@ -71,12 +68,6 @@ MAX_CONNECTIONS = 900
 
 CONNECT_TIMEOUT_S = 10.0
 """Default time to connect to a peer, in seconds."""
-
-DIAL_STAGGER_S = 0.25
-"""Head start of each address over the next (RFC 8305 says 250 ms)."""
-
-CIRCUIT_STAGGER_S = 1.0
-"""Head start of the last direct address over a relay: three slow round trips."""
 
 STREAM_TIMEOUT_S = 10.0
 """Default time to open a stream, in seconds."""
@@ -94,9 +85,6 @@ FORGET_INTERVAL_S = 600.0
 """How often expired peers are forgotten, in seconds."""
 
 Handler = Callable[[str, Stream], Awaitable[None]]
-
-CircuitDialer = Callable[[str, str], Awaitable[None]]
-"""Connects to a peer, the second argument, by a circuit address, the first."""
 
 
 class Host:
@@ -150,7 +138,6 @@ class Host:
         self._told: tuple[str, ...] = ()
         self._bound: tuple[str, ...] = ()
         self._nursery: trio.Nursery | None = None
-        self._dials: dict[str, Errand[None]] = {}
         self._stack = AsyncExitStack()
         self._scope = trio.CancelScope()
         self._is_running = False
@@ -163,10 +150,10 @@ class Host:
             network_key=network_key,
         )
         self.own_port = OwnPort(self._swarm)
+        self._dialer = Dialer(self, self._swarm, self._peerstore, self.own_port)
         self._connected_listeners: list[Callable[[str], None]] = []
         self._identified_listeners: list[Callable[[str], None]] = []
         self._circuits: tuple[str, ...] = ()
-        self._dial_circuit: CircuitDialer | None = None
         self._peerstore.on_protocols = self._tell_identified
         self._swarm.register_notifee(host_guard.Watcher(self._tell_connected))
 
@@ -279,7 +266,7 @@ class Host:
 
     def set_circuit_dialer(self, dialer: CircuitDialer) -> None:
         """Have circuit addresses dialled by `dialer`; without one they cannot be."""
-        self._dial_circuit = dialer
+        self._dialer.dial_circuit = dialer
 
     def connected(self) -> tuple[str, ...]:
         """Return the ids of all connected peers."""
@@ -291,23 +278,23 @@ class Host:
 
     def is_connected(self, peer_id: str) -> bool:
         """Tell whether a peer is connected."""
-        conns = self._swarm.connections.get(_id(peer_id), ())
+        conns = self._swarm.connections.get(libp2p_id(peer_id), ())
         return any(host_guard.is_live(conn) for conn in conns)
 
     def is_relayed(self, peer_id: str) -> bool:
         """Tell whether a peer is connected, and through relays only."""
-        conns = self._swarm.connections.get(_id(peer_id), ())
+        conns = self._swarm.connections.get(libp2p_id(peer_id), ())
         live = [conn for conn in conns if host_guard.is_live(conn)]
         return bool(live) and all(host_guard.socket_of(conn) is None for conn in live)
 
     def remote_host(self, peer_id: str) -> str | None:
         """Return the IP address at which we see a peer, None if it is not connected."""
-        return host_guard.remote_host(self._swarm, _id(peer_id))
+        return host_guard.remote_host(self._swarm, libp2p_id(peer_id))
 
     def protocols_of(self, peer_id: str) -> frozenset[str]:
         """Return the protocols a peer says it speaks; empty until it has told us."""
         try:
-            return frozenset(self._peerstore.get_protocols(_id(peer_id)))
+            return frozenset(self._peerstore.get_protocols(libp2p_id(peer_id)))
         except PeerStoreError:
             return frozenset()
 
@@ -336,7 +323,7 @@ class Host:
             `addresses.believable` left of a peer's claims. Unreadable ones are
             left out.
         """
-        self._peerstore.add_checked(_id(peer_id), usable(addrs)[:MAX_ADDRS_PER_PEER])
+        self._peerstore.add_checked(libp2p_id(peer_id), usable(addrs)[:MAX_ADDRS_PER_PEER])
 
     def _tell_identified(self, peer_id: ID) -> None:
         for listener in self._identified_listeners:
@@ -345,7 +332,7 @@ class Host:
     def addrs_of(self, peer_id: str) -> tuple[str, ...]:
         """Return where a peer may be reached, as far as we know."""
         try:
-            return tuple(str(addr) for addr in self._peerstore.addrs(_id(peer_id)))
+            return tuple(str(addr) for addr in self._peerstore.addrs(libp2p_id(peer_id)))
         except PeerStoreError:
             return ()
 
@@ -396,18 +383,7 @@ class Host:
         """
         if peer.peer_id == self.peer_id:
             raise NoSource("that is this node's own address")
-        with trio.move_on_after(timeout_s):
-            while not self.is_connected(peer.peer_id):
-                others = self._dials.get(peer.peer_id)
-                if others is None:
-                    await self._start_dial(peer, timeout_s).wait()
-                    return
-                try:
-                    await others.wait()
-                except RemoteError:
-                    continue  # they may not have known our addresses: our own try
-            return
-        raise NoSource(f"cannot reach {peer.peer_id}: no answer within {timeout_s:g} s")
+        await self._dialer.connect(peer, timeout_s)
 
     async def probe(self, addr: str, peer_id: str) -> bool:
         """Tell whether a peer answers at an address, on a connection made for that alone.
@@ -415,7 +391,7 @@ class Host:
         Wants a deadline of the caller's round it.
         """
         try:
-            await host_guard.probe(self._swarm, addr, _id(peer_id))
+            await host_guard.probe(self._swarm, addr, libp2p_id(peer_id))
         except Exception as error:  # libp2p's layers each have their own kinds
             log.debug("%s does not answer at %s: %s", peer_id, addr, cause_of(error))
             return False
@@ -423,63 +399,10 @@ class Host:
 
     async def disconnect(self, peer_id: str) -> None:
         """End all connections to a peer; its streams end with an error. Never raises."""
-        conns = self._swarm.get_connections(_id(peer_id))
-        errands = [Errand(self._background(), lambda conn=conn: end(conn)) for conn in conns]  # type: ignore[misc]
+        conns = self._swarm.get_connections(libp2p_id(peer_id))
+        errands = [Errand(self.background(), lambda conn=conn: end(conn)) for conn in conns]  # type: ignore[misc]
         for errand in errands:
             await errand.wait()
-
-    def _start_dial(self, peer: PeerAddress, timeout_s: float) -> Errand[None]:
-        addrs = dict.fromkeys((*usable(peer.addrs), *self.addrs_of(peer.peer_id)))
-        chosen = sorted(tuple(addrs)[: 2 * MAX_ADDRS_PER_PEER], key=is_circuit)
-        errand = Errand(
-            self._background(), lambda: self._dial(_id(peer.peer_id), chosen, timeout_s)
-        )
-        self._dials[peer.peer_id] = errand
-        return errand
-
-    async def _dial(self, peer_id: ID, addrs: Sequence[str], timeout_s: float) -> None:
-        failures: list[str] = []
-        connected = trio.CancelScope(deadline=trio.current_time() + timeout_s)
-
-        async def attempt(addr: str, failed: trio.Event) -> None:
-            try:
-                for resolved in await resolve(addr):
-                    await self._dial_one(resolved, peer_id)
-                    self._peerstore.add_checked(peer_id, [addr])
-                    connected.cancel()
-            except Exception as error:  # libp2p's layers each have their own kinds
-                failures.append(f"{addr}: {cause_of(error)}")
-                failed.set()
-
-        try:
-            with connected:
-                async with trio.open_nursery() as nursery:
-                    for addr, following in zip(addrs, (*addrs[1:], ""), strict=False):
-                        failed = trio.Event()
-                        nursery.start_soon(attempt, addr, failed)
-                        is_last_direct = is_circuit(following) and not is_circuit(addr)
-                        with trio.move_on_after(
-                            CIRCUIT_STAGGER_S if is_last_direct else DIAL_STAGGER_S
-                        ):
-                            await failed.wait()
-        finally:
-            self._dials.pop(str(peer_id), None)
-        if self.is_connected(str(peer_id)):
-            return
-        if not addrs:
-            raise NoSource(f"cannot reach {peer_id}: no address of it is known")
-        if connected.cancelled_caught:
-            failures.append(f"no answer within {timeout_s:g} s")
-        raise NoSource(f"cannot reach {peer_id}: {'; '.join(failures[:3])}")
-
-    async def _dial_one(self, addr: str, peer_id: ID) -> None:
-        if not is_circuit(addr):
-            if not await self.own_port.try_dial(addr, peer_id):
-                await self._swarm.dial_addr(Multiaddr(addr), peer_id)
-        elif self._dial_circuit is not None:
-            await self._dial_circuit(addr, str(peer_id))
-        else:
-            raise NoSource("this host uses no relays")
 
     # ---- streams
 
@@ -497,7 +420,7 @@ class Host:
         with trio.move_on_after(timeout_s):
             if not self.is_connected(peer_id):
                 await self.connect_peer(PeerAddress(peer_id, ()), timeout_s)
-            opening = Errand(self._background(), lambda: self._open(peer_id, protocol))
+            opening = Errand(self.background(), lambda: self._open(peer_id, protocol))
             try:
                 return await opening.wait()
             except trio.Cancelled:
@@ -515,7 +438,7 @@ class Host:
 
         async def handle(net_stream: INetStream) -> None:
             assert isinstance(net_stream, NetStream)
-            stream = Stream(net_stream, self._background(), self._heard)
+            stream = Stream(net_stream, self.background(), self._heard)
             try:
                 await handler(stream.peer_id, stream)
             except RemoteError as error:
@@ -536,11 +459,11 @@ class Host:
 
     async def _open(self, peer_id: str, protocol: str) -> Stream:
         try:
-            net_stream = await self._libp2p.new_stream(_id(peer_id), [TProtocol(protocol)])
+            net_stream = await self._libp2p.new_stream(libp2p_id(peer_id), [TProtocol(protocol)])
         except Exception as error:  # libp2p's layers each have their own kinds
             raise NoSource(f"{peer_id} opens no {protocol} stream: {cause_of(error)}") from error
         assert isinstance(net_stream, NetStream)
-        return Stream(net_stream, self._background(), self._heard)
+        return Stream(net_stream, self.background(), self._heard)
 
     def start_soon(self, operation: Callable[[], Awaitable[object]]) -> None:
         """Run an operation in the background, until it or the host ends.
@@ -556,9 +479,16 @@ class Host:
             except Exception:
                 log.exception("a background operation failed")
 
-        Errand(self._background(), run)
+        Errand(self.background(), run)
 
-    def _background(self) -> trio.Nursery:
+    def background(self) -> trio.Nursery:
+        """Return the nursery of what outlives a call.
+
+        Raises
+        ------
+        LocalError
+            The host is not running.
+        """
         if self._nursery is None:
             raise LocalError("the host is not running")
         return self._nursery
@@ -583,12 +513,3 @@ def _is_cancellation(error: BaseException | None) -> bool:
     if isinstance(error, BaseExceptionGroup):
         return any(_is_cancellation(inner) for inner in error.exceptions)
     return isinstance(error, trio.Cancelled)
-
-
-@lru_cache(maxsize=4096)
-def _id(peer_id: str) -> ID:
-    """Return libp2p's form of an id; decoding base58 takes 20 µs, so it is remembered."""
-    try:
-        return ID.from_string(peer_id)
-    except ValueError as error:
-        raise BadInput(f"not a peer id: {peer_id[:80]!r}") from error
