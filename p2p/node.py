@@ -153,6 +153,7 @@ class Node:
         self._is_relay = relay
         self._via = [parse_peer_address(text) for text in via]
         self._stack = AsyncExitStack()
+        self._fetches = 0  # under way
         self.peer_id = ""
 
     # ---- life
@@ -283,7 +284,12 @@ class Node:
         self._nursery.start_soon(bootstrapper.run)
         if self._server:
             announcer = Announcer(
-                self.store, self.discovery, self.neighbours, self.access, log.info
+                self.store,
+                self.discovery,
+                self.neighbours,
+                self.access,
+                log.info,
+                lambda: bool(self._fetches) or self._uploads.is_any_open(),
             )
             self._nursery.start_soon(announcer.run)
             AutoNatServer(self._host)
@@ -400,7 +406,11 @@ class Node:
     ) -> FetchResult:
         """Do as `fetch` does, for a digest that is parsed already."""
         fetch = Fetch(self._services(), options)
-        return await (fetch.model(digest) if is_model else fetch.tensor(digest))
+        self._fetches += 1
+        try:
+            return await (fetch.model(digest) if is_model else fetch.tensor(digest))
+        finally:
+            self._fetches -= 1
 
     def _services(self) -> Services:
         return Services(

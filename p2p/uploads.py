@@ -236,6 +236,10 @@ class Uploads:
         """Tell whether uploads of a model are offered."""
         return key in self._swarms
 
+    def is_any_open(self) -> bool:
+        """Tell whether anything is being fetched, by us or by those who share it with us."""
+        return bool(self._swarms)
+
     def proved(self, key: bytes, index: int, chunk: int) -> None:
         """Note a chunk that we have now.
 

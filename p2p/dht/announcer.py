@@ -4,9 +4,11 @@ Announced are model ids and tensors of 1 MiB and more. Smaller tensors travel wi
 a model that names them; a record for each would cost more than its bytes. Looks at
 the store again whenever any process has changed it.
 
-What is new is announced at once. While more keeps coming, as it does in a download, it is
-gathered: an announcement of one key opens as many streams as one of a thousand, and those
-streams cost a node that fetches more than all its other messages together.
+What is new is announced at once. While more keeps coming it is gathered: an announcement of
+one key opens as many streams as one of a thousand, and those streams cost a node that fetches
+more than all its other messages together. While it is known that more is coming, as in a
+download, what came is announced every `GATHER_LONGEST_S`: the model's own key, announced as
+the download began, leads others here.
 """
 
 from __future__ import annotations
@@ -75,19 +77,19 @@ class Gathering:
 
     def __init__(self) -> None:
         self._pause_s = GATHER_FIRST_S
-        self._next_at = -math.inf
+        self._announced_at = -math.inf
 
-    def is_due(self, now: float) -> bool:
+    def is_due(self, now: float, *, more_is_coming: bool = False) -> bool:
         """Tell whether something new is to be announced now."""
-        return now >= self._next_at
+        return now >= self._announced_at + (GATHER_LONGEST_S if more_is_coming else self._pause_s)
 
     def announced(self, now: float) -> None:
         """Note an announcement."""
-        is_close = now < self._next_at + self._pause_s
+        is_close = now < self._announced_at + 2 * self._pause_s
         self._pause_s = (
-            min(self._pause_s * GATHER_GROWTH, GATHER_LONGEST_S) if is_close else (GATHER_FIRST_S)
+            min(self._pause_s * GATHER_GROWTH, GATHER_LONGEST_S) if is_close else GATHER_FIRST_S
         )
-        self._next_at = now + self._pause_s
+        self._announced_at = now
 
 
 class Announcer:
@@ -105,6 +107,8 @@ class Announcer:
         What is for whom; kept up to date here.
     log : callable
         Takes one line for people.
+    more_is_coming : callable, optional
+        Tells whether a download is under way, ours or of those who share it with us.
     """
 
     def __init__(
@@ -114,12 +118,14 @@ class Announcer:
         neighbours: Neighbours,
         access: Access,
         log: Callable[[str], None],
+        more_is_coming: Callable[[], bool] = lambda: False,
     ) -> None:
         self._store = store
         self._access = access
         self._discovery = discovery
         self._neighbours = neighbours
         self._log = log
+        self._more_is_coming = more_is_coming
         self._told: dict[bytes, int] = {}
         self._announced: set[bytes] = set()
         self._gathering = Gathering()
@@ -161,7 +167,8 @@ class Announcer:
     async def _announce(self, now: float) -> None:
         """Announce on the DHT what has not been announced yet, when that is due."""
         new = [digest for digest in self._told if digest not in self._announced]
-        if not new or not self._gathering.is_due(now):
+        more_is_coming = self._more_is_coming()
+        if not new or not self._gathering.is_due(now, more_is_coming=more_is_coming):
             return
         self._gathering.announced(now)
         self._announced.update(new)

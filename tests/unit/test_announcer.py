@@ -40,3 +40,12 @@ def test_after_a_pause_news_is_announced_at_once_again() -> None:
     gathering.announced(1000.0)
     assert not gathering.is_due(1001.0)
     assert gathering.is_due(1000.0 + GATHER_FIRST_S)
+
+
+def test_what_a_download_brings_is_announced_together_and_the_last_of_it_when_it_ends() -> None:
+    gathering = Gathering()
+    assert gathering.is_due(0.0, more_is_coming=True)  # the model's own key
+    gathering.announced(0.0)
+    assert not gathering.is_due(GATHER_LONGEST_S - 1.0, more_is_coming=True)
+    assert gathering.is_due(GATHER_LONGEST_S - 1.0)  # the download has ended
+    assert gathering.is_due(GATHER_LONGEST_S, more_is_coming=True)
