@@ -84,6 +84,7 @@ class Lookup:
         self._distance: dict[str, int] = {}
         self._group = group
         self._group_of: dict[str, str] = {}
+        self._own_id = own_id
         self._ignored = {own_id}
         self._asked: set[str] = set()
         self._answered: set[str] = set()
@@ -114,6 +115,20 @@ class Lookup:
     def is_exhausted(self) -> bool:
         """Whether it has asked as many as it may, and so may be far from its end."""
         return len(self._asked) >= MAX_ASKED
+
+    @property
+    def answer_count(self) -> int:
+        """How many have answered."""
+        return len(self._answered)
+
+    @property
+    def asks_everybody(self) -> bool:
+        """Whether all that were heard of are asked, being no more than `K`.
+
+        Then nobody can be hidden behind others that are nearer to the key.
+        """
+        heard_of = self._distance.keys() | self._ignored - {self._own_id}
+        return len(heard_of) <= K
 
     def answered(self, peer: str, closer: Iterable[str]) -> None:
         """Note an answer and the closer peers in it."""

@@ -13,6 +13,8 @@ Rules
   time for that (`SLOW_S`, `STRAIGHT_SHARE`) or with `lookup.MAX_ASKED` questions (invented
   nodes, where nobody answers), the region of the key is learned from nodes beside it, and
   asked all over; then it is over.
+- Where no more than `K` are heard of, all are asked anyway, and nobody can be hidden: busy
+  nodes that are slow to answer are no crowd, and more questions would make them slower.
 - Questions of one look-up: at most `lookup.MAX_ASKED` straight to the key, and in a crowd
   `MAX_ASKED_IN_CROWD` besides.
 - Only addresses that `addresses.believable` leaves are remembered.
@@ -215,16 +217,21 @@ class Walker:
             async with trio.open_nursery() as nursery:
                 arrived = trio.Event()
                 nursery.start_soon(self._go, straight, question, on_answer, arrived)
-                with trio.move_on_after(max(SLOW_S, timeout_s * STRAIGHT_SHARE)):
-                    await arrived.wait()
+                is_moving, patience_s = True, max(SLOW_S, timeout_s * STRAIGHT_SHARE)
+                while is_moving and not arrived.is_set():
+                    count = straight.answer_count
+                    with trio.move_on_after(patience_s):
+                        await arrived.wait()
+                    is_moving = straight.asks_everybody and straight.answer_count > count
                 found = straight.result()
                 if question.kind == FIND_NODE and arrived.is_set() and not straight.is_exhausted:
                     self._reach.learn(kad_id(key), found)
-                got_nowhere = straight.is_exhausted or not arrived.is_set()
+                is_late = not arrived.is_set() and not straight.asks_everybody
+                got_nowhere = straight.is_exhausted or is_late
                 if got_nowhere or await self._ends_in_crowd(key, found):
                     self.crowds += 1
                     await self._go_round(key, question, found, on_answer, widely)
-                    nursery.cancel_scope.cancel()
+                nursery.cancel_scope.cancel()
         found, reach = straight.result(), self._reach.beside(kad_id(key)) or SPAN
         found += (each for each in widely if peer_kad_id(each) ^ kad_id(key) < reach)
         return closest(kad_id(key), dict.fromkeys(found), len(found))

@@ -156,3 +156,18 @@ def test_regions_give_each_key_its_closest_peers(seed: int, size: int) -> None:
     assert lookups <= max(1, size // 4)
     if size < K:
         assert lookups == 1
+
+
+def test_a_look_up_asks_everybody_only_while_few_are_heard_of() -> None:
+    here, invented = PEERS[:K], PEERS[K : K + 1]
+    lookup = Lookup(b"key", here[:3], PEERS[-1])
+    assert lookup.asks_everybody
+    first = lookup.next_peer()
+    assert first is not None
+    lookup.answered(first, [*here, PEERS[-1]])
+    assert lookup.asks_everybody and lookup.answer_count == 1
+    second = lookup.next_peer()
+    assert second is not None
+    lookup.failed(second)
+    lookup.answered(first, invented)
+    assert not lookup.asks_everybody  # also if one of them has failed since
