@@ -95,11 +95,17 @@ class KnownSource:
 def reports_of(
     counted: Iterable[SourceStatistics], sources: Mapping[str, KnownSource]
 ) -> list[SourceReport]:
-    """Return what each source gave, and those that were dropped."""
+    """Return what each source gave, and those that were dropped.
+
+    An origin that had nothing of what was asked of it counts as dropped: whoever named it
+    wants to know that its files are not there, or are others.
+    """
     reports = []
     for each in counted:
         known = sources.get(each.source)
         dropped = known is not None and known.dropped
+        if known is not None and known.kind is SourceKind.ORIGIN and not each.proved_bytes:
+            dropped |= bool(known.reason)
         if each.proved_bytes or dropped:
             reports.append(
                 SourceReport(

@@ -12,7 +12,9 @@ Rules
   0 bytes, so that each chunk of a request gets an answer.
 - Trouble with one file (not there, another size, refused, bytes that do not match)
   does not stop a request's other files; the request fails with it at its end.
-  Whether to give up the file or the origin is the node's decision.
+  Whether to give up the file or the origin is the node's decision. A file that is not
+  there, or has another size, is not asked for again: a model of many small tensors would
+  ask for it as often.
 - A server that ignores ranges gives a file as a whole. That is worth one *pass*: the
   file is read once, in order, and every missing chunk of every wanted object in it
   is kept as it goes by, and reported under the request that began the pass.
@@ -178,6 +180,7 @@ class OriginSource(SourceWorker):
         self._queue: deque[_Job] = deque()
         self._jobs: dict[int, _Job] = {}
         self._whole_files: dict[str, _WholeFile] = {}
+        self._absent: dict[str, OriginFailure] = {}  # files by path, and what was answered
         self._resume_at = 0.0
         self._closed = False
         # Making a client and its certificates takes 0.1 s: begin before there is work.
@@ -323,6 +326,8 @@ class OriginSource(SourceWorker):
                     raise
                 job.trouble = job.trouble or failure
                 job.spoiled.add(run[0].place.path)
+                if failure.failure is Failure.LACKS:
+                    self._absent.setdefault(run[0].place.path, failure)
         return True
 
     def _pieces_of(self, job: _Job) -> Iterator[Piece]:
@@ -346,6 +351,8 @@ class OriginSource(SourceWorker):
             if not self._sink.is_missing(*key):
                 if not piece.rest:
                     self._tell_chunk(job, piece, Outcome.DUPLICATE, 0)
+            elif piece.place.path in self._absent:
+                job.trouble = job.trouble or self._absent[piece.place.path]
             elif not piece.at or worker.half == (*key, piece.at):
                 run.append(piece)
             else:  # what comes before it was not to be had, or went by in a pass

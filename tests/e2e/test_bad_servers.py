@@ -41,10 +41,18 @@ def _endless(origin: HttpOrigin) -> Iterator[bytes]:
         yield bytes(1 << 16)
 
 
+def other_total(answer: faults.Answer, origin: HttpOrigin) -> faults.Answer:
+    """Tell of a larger file than the one that is there."""
+    told = answer.headers["Content-Range"]
+    return answer.with_headers(Content_Range=f"{told}0")
+
+
 ORIGIN_FAULTS: dict[str, tuple[Fault, str]] = {
     "too few bytes": (faults.cut_after(1000), "ended too early|closed|incomplete"),
     "too many bytes": (too_many, "more bytes"),
     "wrong Content-Range": (faults.shift_range, "another range|another size"),
+    "another size": (other_total, "another size"),
+    "not there": (faults.status(404), "not there"),
     "endless header": (faults.endless_header(), "headers without end"),
     "redirect loop": (faults.redirect(f"/{WEIGHTS}"), "redirects"),
     "compressed body": (faults.compress, "encoded"),

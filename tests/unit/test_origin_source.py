@@ -34,6 +34,8 @@ from tests.support.origin_world import (
     World,
 )
 
+OTHER_SIZE = faults.headers(Content_Range="bytes 66-1048641/9999999")
+
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
@@ -85,6 +87,17 @@ def test_connection_is_kept_between_requests(world: World) -> None:
     for spans in (IN_MODEL, EVERYTHING[OTHER:], HEAD):
         world.ask(source, spans)
     assert world.server.connections_accepted == 1
+
+
+@pytest.mark.parametrize("fault", [faults.status(404), faults.status(416), OTHER_SIZE])
+def test_a_file_that_is_not_there_is_asked_for_once(world: World, fault: faults.Fault) -> None:
+    world.server.fault("model.bin", fault)
+    source = world.source(connections=1)
+    for spans in (HEAD, IN_MODEL, IN_MODEL):
+        end = world.ask(source, spans)
+        assert end.failure is Failure.LACKS and end.detail.startswith("model.bin: ")
+    assert world.gets("model.bin") == 1
+    assert world.ask(source, EVERYTHING[OTHER:]).failure is None
 
 
 def test_threads_share_the_queue(world: World) -> None:
@@ -178,11 +191,7 @@ FAULTS: list[tuple[faults.Fault, Failure, str]] = [
     (faults.shift_range, Failure.PROTOCOL, "another range"),
     (faults.headers(Content_Range=None), Failure.PROTOCOL, "another range"),
     (faults.headers(Content_Range="bytes 66-1048641/*"), Failure.PROTOCOL, "another range"),
-    (
-        faults.headers(Content_Range="bytes 66-1048641/9999999"),
-        Failure.LACKS,
-        "the file there has another size",
-    ),
+    (OTHER_SIZE, Failure.LACKS, "the file there has another size"),
     (
         faults.both(faults.ignore_range, faults.headers(Content_Length="5")),
         Failure.LACKS,
