@@ -91,7 +91,7 @@ class SimulatedPeer:
         self.dialled: dict[str, None] = {}
         self.banned: dict[str, None] = {}
         self.is_sharing = False
-        self.lied_to_by: dict[str, None] = {}
+        self.lied_to_by: dict[str, float] = {}  # and when first
         self.slots = UploadSlots(
             world.setup.slots,
             world.setup.ahead,
@@ -470,7 +470,7 @@ class SimulatedPeer:
         if not is_good:
             self.wasted_bytes += CHUNK_SIZE
             if known is not None and not planner.is_done():  # else there is nobody to ban
-                self.lied_to_by[source] = None
+                self.lied_to_by.setdefault(source, now)
             planner.chunk_refused(now, source, *chunk)
         elif self.has & bit:
             self.wasted_bytes += CHUNK_SIZE

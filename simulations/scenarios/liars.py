@@ -46,8 +46,12 @@ def run_one(parameters: Parameters, seed: int) -> Outcome:
         last_s = max(peer.finished_at or math.inf for peer in world.finishers)
         plain_s = plain_s or last_s
         met = {name for peer in world.peers for name in peer.lied_to_by}
+        tick_s = world.setup.tick_s  # after it the planner acts, unless all is here by then
         unbanned = {
-            name for peer in world.peers for name in peer.lied_to_by if name not in peer.banned
+            name
+            for peer in world.finishers
+            for name, at in peer.lied_to_by.items()
+            if name not in peer.banned and at + tick_s < (peer.finished_at or math.inf)
         }
         failures += [f"share {each}: {failure}" for failure in outcome.failures]
         failures += [f"share {each}: {name} lied and was not banned" for name in sorted(unbanned)]

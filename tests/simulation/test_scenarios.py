@@ -55,6 +55,12 @@ def test_with_a_third_of_liars_the_honest_finish_within_twice_the_time(seed: int
     assert int(str(row["liars_met"])) > 0
 
 
+def test_a_lie_in_the_last_moment_needs_no_ban() -> None:
+    # The last chunk comes from elsewhere before the planner has acted upon the lie.
+    settings = {"nodes": "4", "chunks": "2", "latency_s": "0.2", "dials": "4"}
+    assert not scenario.find("liars").run(2646817834, settings).failures
+
+
 def test_many_swarms_with_liars_are_summed_up_by_the_slowest() -> None:
     outcome = scenario.find("liars").run(1, {"nodes": "8", "chunks": "16", "seeds": "3"})
     rows = outcome.tables["liars"]
