@@ -177,10 +177,10 @@ class Walker:
         for peer in peers_in(answer.closerPeers, self._host.remote_host(node)):
             if peer.peer_id == self._host.peer_id or self._is_dead(peer.peer_id):
                 continue
-            if peer.addrs:
+            if not self._host.is_connected(peer.peer_id):  # or we know it at first hand
+                if not peer.addrs:
+                    continue
                 self._host.add_peer_addrs(peer.peer_id, peer.addrs)
-            elif not self._host.is_connected(peer.peer_id):
-                continue
             closer.append(peer.peer_id)
         return closer
 

@@ -225,6 +225,7 @@ def parse_peer_id(text: str) -> str:
         raise ValueError(f"{_shown(text)} is not a peer id") from error
 
 
+@lru_cache(maxsize=4_096)  # the same few are named in each answer of the DHT
 def peer_id_text(raw: bytes) -> str:
     """Return a binary peer id as text, in base58btc.
 
@@ -307,6 +308,11 @@ def plain(addr: str) -> str:
         if (rest and not rest.startswith("/p2p/")) or rest.count("/") > 2:
             raise BadInput(f"not a circuit address: {_shown(addr)}")
         return circuit_through(relay_of(addr))
+    return _plain_tcp(addr)
+
+
+@lru_cache(maxsize=4_096)  # as `scope_of`; what is too long raises and is not remembered
+def _plain_tcp(addr: str) -> str:
     return multiaddr_of(*tcp_host(addr), kind=_kind(addr))
 
 
@@ -384,6 +390,7 @@ def advertised(addrs: Iterable[str]) -> tuple[str, ...]:
     return tuple(told or [addr for addr, scope in readable if scope is Scope.LOOPBACK])
 
 
+@lru_cache(maxsize=4_096)  # as `_plain_tcp`
 def _split(text: str) -> tuple[str, int, str | None]:
     """Take a multiaddr apart: host, port, peer id. ValueError says what is wrong."""
     if len(text) > MAX_ADDRESS_TEXT:

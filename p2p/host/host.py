@@ -52,7 +52,7 @@ from .addresses import (
     plain,
     with_peer_id,
 )
-from .dial import cause_of, interfaces, libp2p_id, usable
+from .dial import addr_text, cause_of, interfaces, libp2p_id, usable
 from .dialer import CircuitDialer, Dialer
 from .door import Door
 from .goodbye import end, end_all
@@ -332,7 +332,7 @@ class Host:
     def addrs_of(self, peer_id: str) -> tuple[str, ...]:
         """Return where a peer may be reached, as far as we know."""
         try:
-            return tuple(str(addr) for addr in self._peerstore.addrs(libp2p_id(peer_id)))
+            return tuple(map(addr_text, self._peerstore.addrs(libp2p_id(peer_id))))
         except PeerStoreError:
             return ()
 
