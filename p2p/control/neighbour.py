@@ -28,6 +28,7 @@ from tensorswarm.store.errors import BadInput, NoSource, ProtocolError, Refused,
 from tensorswarm.store.object_table import ObjectTable
 
 from ..host.host import Stream
+from ..host.lean import QuickLock
 from . import wire, wire_limits, wire_models
 from .answers import Answers
 from .object_set import ObjectSet
@@ -112,7 +113,7 @@ class Neighbour:
         self._owner = owner
         self._conversation = wire.Conversation()
         self._reader = wire.FrameReader()
-        self._send_lock = trio.Lock()
+        self._send_lock = QuickLock()
         self._asks = trio.CapacityLimiter(MAX_PARALLEL_ASKS)
         self._waiting: dict[int, trio.MemorySendChannel[wire.Answer]] = {}
         self._requests_in, self._requests_out = trio.open_memory_channel[wire.Request](

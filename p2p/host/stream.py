@@ -40,6 +40,8 @@ from libp2p.network.stream.net_stream import NetStream
 
 from tensorswarm.store.errors import LocalError, NoSource
 
+from .lean import QuickLock
+
 log = logging.getLogger(__name__)
 
 READ_SIZE = 1 << 20
@@ -92,14 +94,16 @@ class Errand(Generic[T]):
 
     async def wait(self) -> T:
         """Return the result, or raise the error. Cancelling stops the waiting alone."""
-        await self._wake.wait()
+        if not self._wake.is_set():
+            await self._wake.wait()
         if not self._done.is_set():
             raise NoSource("closed while waiting")
         return await self.wait_done()
 
     async def wait_done(self) -> T:
         """Do the same, whether or not `interrupt` is called."""
-        await self._done.wait()
+        if not self._done.is_set():
+            await self._done.wait()
         if self._error is not None:
             raise self._error
         return self._values[0]
@@ -145,7 +149,7 @@ class Stream:
         self._heard = heard
         self._reading: Errand[bytes] | None = None
         self._writing: Errand[None] | None = None
-        self._send_lock = trio.Lock()
+        self._send_lock = QuickLock()
         self._has_reader = False
         self._ended = False
         self._closed = False
