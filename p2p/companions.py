@@ -91,6 +91,10 @@ class Companions:
         now = trio.current_time()
         return bool(self._neighbours.wanting(self._key) or self.unmet(now))
 
+    def are_enough(self) -> bool:
+        """Tell whether so many are met that the swarm's news reaches us."""
+        return len(self._neighbours.wanting(self._key)) >= LIMITS.least_neighbours
+
     def _update(self, now: float) -> None:
         wanting = set(self._neighbours.wanting(self._key))
         for name in wanting:

@@ -62,8 +62,8 @@ MORE_PEERS_PAUSE_S = 10.0
 """Pause between rounds of the search while a download runs well."""
 
 MEET_OTHERS_PAUSE_S = 1.0
-"""The first such pause when there is an origin, and each is twice as long as the one before:
-others share it with us once we meet."""
+"""The first such pause when there is an origin, and each is twice as long as the one before,
+while few are met: others share it with us once we meet."""
 
 LOOK_INTERVAL_S = 0.5
 """How often it is looked whether something lacks a source, while nothing does."""
@@ -463,7 +463,8 @@ class Fetch:
             largest = [digests[index] for index in lacking[:count]]
             is_whole = await self._search.round([*keys, *largest], widely=bool(lacking))
             fruitless += is_whole and bool(lacking)
-            pause = min(2 * pause, MORE_PEERS_PAUSE_S)
+            has_company = self._companions is not None and self._companions.are_enough()
+            pause = MORE_PEERS_PAUSE_S if has_company else min(2 * pause, MORE_PEERS_PAUSE_S)
             next_round = trio.current_time() + pause
 
     async def _introduce(
