@@ -175,11 +175,9 @@ class Neighbour:
         for channel in self._waiting.values():
             channel.close()
         if bye is not None:
-            try:
-                with trio.move_on_after(1):
-                    await self._send(bye)
-            except (RemoteError, BadInput):
-                pass  # it is gone already, or was never greeted: nobody to say goodbye to
+            # It may be gone already, or was never greeted: nobody to say goodbye to.
+            with suppress(RemoteError, BadInput), trio.move_on_after(1):
+                await self._send(bye)
         await self._stream.aclose()
 
     @property
