@@ -14,7 +14,7 @@ from tensorswarm.store.store import Store
 
 from ..fetching import Network, export_result, fetch_into, remote_ref
 from ..refs import RefKind, parse_ref
-from .output import Output, human_bytes, human_rate
+from .output import Output, human_bytes, human_rate, printable
 
 if TYPE_CHECKING:
     from tensorswarm.p2p.node import Node
@@ -157,9 +157,17 @@ def _say_ready(running: Node, http: str | None, output: Output) -> None:
     output.result(document, text)
 
 
+class _Formatter(logging.Formatter):
+    """Writes lines that cannot steer the terminal, whatever strangers call themselves."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the lines of a record."""
+        return "\n".join(map(printable, super().format(record).split("\n")))
+
+
 def _set_up_logging() -> None:
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(_Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("tensorswarm")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

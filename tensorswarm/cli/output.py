@@ -1,4 +1,9 @@
-"""What a person or a program sees: JSON, tables, notes and progress bars."""
+"""What a person or a program sees: JSON, tables, notes and progress bars.
+
+Names of tensors, files and programs come from strangers, and some could steer a terminal.
+What is printed for people shows control and direction marks as escapes (`printable`);
+JSON has escaped them anyway.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +33,16 @@ def human_rate(byte_count: float, seconds: float) -> str:
     return f"{human_bytes(byte_count / seconds)}/s"
 
 
+def printable(text: str) -> str:
+    """Return a text with everything that is no visible character written as an escape."""
+    if text.isprintable():
+        return text
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode("ascii")
+        for each in text
+    )
+
+
 class Output:
     """Where a command's words go.
 
@@ -49,18 +64,18 @@ class Output:
 
     def say(self, line: str = "") -> None:
         """Print a line of the result for people."""
-        print(line, flush=True)
+        print(printable(line), flush=True)
 
     def note(self, line: str) -> None:
         """Print a line beside the result, on standard error."""
-        print(f"tensorswarm: {line}", file=sys.stderr, flush=True)
+        print(printable(f"tensorswarm: {line}"), file=sys.stderr, flush=True)
 
     def error(self, line: str, exit_code: int) -> None:
         """Report why a command failed, in one line."""
         line = " ".join(line.split())
         if self.as_json:
             print(json.dumps({"error": line, "exit_code": exit_code}), flush=True)
-        print(f"tensorswarm: error: {line}", file=sys.stderr, flush=True)
+        print(printable(f"tensorswarm: error: {line}"), file=sys.stderr, flush=True)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Print a table; columns whose name ends in a blank are aligned to the right."""
@@ -72,7 +87,7 @@ class Output:
             right = column.endswith(" ")
             table.add_column(column.strip(), justify="right" if right else "left", overflow="fold")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(printable, row))
         console = Console(highlight=False, soft_wrap=False, markup=False)
         if not console.is_terminal:
             # Whoever reads a pipe wants whole lines.
