@@ -565,7 +565,7 @@ class SimulatedPeer:
             chunk,
             is_good=not self.nature.is_liar,
             is_last=not serving.chunks,
-            after=lambda: self._serve(serving),
+            after=(self._serve, serving),
         )
 
     def _stop_serving(self, waiting: Waiting) -> None:

@@ -14,6 +14,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 from tensorswarm.p2p.control import wire
 from tensorswarm.p2p.swarm.membership import MembershipLimits
@@ -92,6 +93,10 @@ class Setup:
     membership: MembershipLimits = field(default_factory=MembershipLimits)
 
 
+After: TypeAlias = tuple[Any, ...]
+"""What to call when something is done, and with what: no closure, as compiled ones leak."""
+
+
 class SimulatedOrigin:
     """An HTTP server: it shares its uplink among all who ask, and knows nobody.
 
@@ -124,7 +129,7 @@ class SimulatedOrigin:
             chunk,
             is_good=True,
             is_last=not chunks,
-            after=lambda: self._send(asker, request, chunks),
+            after=(self._send, asker, request, chunks),
         )
         flows = [each for each in self._flows.get(asker.name, []) if each.version >= 0]
         self._flows[asker.name] = [*flows, flow]
@@ -381,9 +386,9 @@ class World:
         *,
         is_good: bool,
         is_last: bool,
-        after: Callable[[], None],
+        after: After,
     ) -> Flow:
-        """Send one chunk; `after` is called when the last byte has left."""
+        """Send one chunk; `after`, with what follows it, is called when the last byte has left."""
         transfer = Transfer(self, asker, source, request, chunk, is_good, is_last, after)
         transfer.flow = self.network.send(uplink, asker.downlink, CHUNK_SIZE, transfer.left)
         self._in_transit.append((self.engine.now + PROGRESS_S, transfer))
@@ -425,7 +430,7 @@ class Transfer:
         chunk: tuple[int, int],
         is_good: bool,
         is_last: bool,
-        after: Callable[[], None],
+        after: After,
     ) -> None:
         self._world = world
         self._asker = asker
@@ -441,7 +446,8 @@ class Transfer:
     def left(self) -> None:
         """Note that the last byte has left."""
         self._world.engine.after(self._world.setup.latency_s, self.arrive)
-        self._after()
+        after, *args = self._after
+        after(*args)
 
     def arrive(self) -> None:
         """Give the asker the whole chunk."""

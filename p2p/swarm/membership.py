@@ -22,6 +22,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
+from typing import NamedTuple
 
 from .origin_duty import rank_of
 
@@ -62,10 +63,24 @@ RENEWED = 1 / 8
 """Part of `hearsay_s` after which it is noted that a member was named again."""
 
 
+class _Place(NamedTuple):
+    """What members of a swarm are sorted by: the lowest number ranks first."""
+
+    order: int
+    name: str
+
+
+class _Told(NamedTuple):
+    """When we heard of a member, and from whom."""
+
+    at: float
+    teller: str
+
+
 @lru_cache(maxsize=1 << 14)
-def _place_of(key: bytes, name: str) -> tuple[int, str]:
-    """Return what members of a swarm are sorted by; one object for all who look at it."""
-    return -rank_of(key, name), name
+def _place_of(key: bytes, name: str) -> _Place:
+    """Return a member's place; one object for all who look at it."""
+    return _Place(-rank_of(key, name), name)
 
 
 class Membership:
@@ -93,11 +108,11 @@ class Membership:
         self._revision = 0
         self._my_place = _place_of(key, me)
         self._met: dict[str, None] = {}
-        self._hearsay: dict[str, tuple[float, str]] = {}
+        self._hearsay: dict[str, _Told] = {}
         self._tellers: dict[str, int] = {}
         self._failed: dict[str, float] = {}
         self._finished: dict[str, None] = {}
-        self._ranked: list[tuple[int, str]] = []  # all members; the lowest number ranks first
+        self._ranked: list[_Place] = []  # all members, the first by rank first
         self._stale_at = math.inf  # no hearsay is older than it may be before this
 
     # who is there
@@ -128,12 +143,12 @@ class Membership:
         """Note members that a neighbour, or discovery, names."""
         limits, hearsay = self.limits, self._hearsay
         self._stale_at = min(self._stale_at, now + limits.hearsay_s)
-        told = (now, teller)
+        told = _Told(now, teller)
         # What was said of late is not worth noting again: it is said often and by all.
         if now + limits.hearsay_s * (1 - RENEWED) > self._stale_at:
             names = list(names)
-            renewed = [(name, hearsay[name][1]) for name in names if name in hearsay]
-            hearsay.update({name: (now, first_teller) for name, first_teller in renewed})
+            renewed = [(name, hearsay[name].teller) for name in names if name in hearsay]
+            hearsay.update({name: _Told(now, first_teller) for name, first_teller in renewed})
         met, failed = self._met, self._failed
         for name in [name for name in names if name not in hearsay and name not in met]:
             if name == self.me or name in failed and now < failed[name] + limits.retry_s:
@@ -156,7 +171,7 @@ class Membership:
                 return True
         return False
 
-    def _place(self, name: str) -> tuple[int, str]:
+    def _place(self, name: str) -> _Place:
         """Return what members are sorted by."""
         return _place_of(self.key, name)
 
@@ -172,9 +187,9 @@ class Membership:
         known = self._hearsay.pop(name, None)
         if known is not None:
             self._unrank(name)
-            self._tellers[known[1]] -= 1
-            if not self._tellers[known[1]]:
-                del self._tellers[known[1]]
+            self._tellers[known.teller] -= 1
+            if not self._tellers[known.teller]:
+                del self._tellers[known.teller]
 
     def _rank(self, name: str) -> None:
         bisect.insort(self._ranked, place := self._place(name))
@@ -185,7 +200,7 @@ class Membership:
         del self._ranked[bisect.bisect_left(self._ranked, place)]
         self._note_change(place)
 
-    def _note_change(self, place: tuple[int, str]) -> None:
+    def _note_change(self, place: _Place) -> None:
         ranked = self._ranked
         if (
             len(ranked) <= WATCHED + len(self._finished)
@@ -253,8 +268,8 @@ class Membership:
         for place in self._ranked:
             if place > mine:
                 break
-            if place[1] not in self._finished:
-                first.append(place[1])
+            if place.name not in self._finished:
+                first.append(place.name)
                 if len(first) == count:
                     return []
         behind = islice(self._ranked, bisect.bisect(self._ranked, mine), None)

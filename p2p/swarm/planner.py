@@ -50,7 +50,7 @@ from .origin_duty import OriginDuty
 from .picker import Draft, Picker
 from .readiness import Readiness
 from .source import Failure
-from .source_state import OpenRequest, SourceState
+from .source_state import OpenRequest, SourceState, speed_of
 from .source_table import SourceTable
 from .types import (
     Action,
@@ -512,7 +512,7 @@ class Planner(PlannerView):
             self._wake(now)
         hungry = [self._sources[name] for name in self._hungry]
         if len(hungry) > 1:
-            hungry.sort(key=lambda state: -(state.rate.bytes_per_s or 0.0))
+            hungry.sort(key=speed_of, reverse=True)
         self._hungry.clear()
         while hungry and self._chunks.missing_chunks:
             hungry = [state for state in hungry if self._feed(now, state)]

@@ -392,6 +392,11 @@ class SourceState:
         return max(oldest.active_at, self.head_since)
 
 
+def speed_of(state: SourceState) -> float:
+    """Return the bytes per second of a source, 0 until they are known."""
+    return state.rate.bytes_per_s or 0.0
+
+
 def statistics_of(name: str, record: SourceRecord, state: SourceState | None) -> SourceStatistics:
     """Return the public view of a source, present or not."""
     return SourceStatistics(

@@ -227,11 +227,11 @@ class UploadSlots:
     def _neediest(self, takers: list[str]) -> str:
         """Return the one with least of a few: stragglers catch up, and nobody takes all."""
         random, peers, count = self._rng.random, self._peers, len(takers)
-        best, fewest = "", math.inf
+        best, fewest = "", -1
         for _ in range(COMPARED_TAKERS):
             peer = takers[int(random() * count)]
             has = peers[peer].bit_count()
-            if has < fewest:
+            if has < fewest or fewest < 0:
                 best, fewest = peer, has
         return best
 
