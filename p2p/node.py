@@ -18,6 +18,7 @@ from typing import Any
 
 import trio
 
+from tensorswarm.store.arguments import one_or_more
 from tensorswarm.store.cid import MODEL_CODEC, parse_reference
 from tensorswarm.store.errors import BadInput, ProtocolError, RemoteError, TensorswarmError
 from tensorswarm.store.store import Store
@@ -71,15 +72,15 @@ class Node:
     ----------
     store : Store or Path
         What it keeps and serves; a path is opened, and closed at the end.
-    listen : sequence of str
+    listen : str or sequence of str
         Addresses to listen on: multiaddrs or ``host:port``. Without any, every IPv4
         interface; only loopback when all bootstrap peers are on loopback.
-    bootstrap : sequence of str
+    bootstrap : str or sequence of str
         Addresses of peers to begin with, ending in ``/p2p/<peer id>``, and names of
         such addresses in DNS, ``/dnsaddr/<name>``.
     bulk_port : int
         TCP port of the bulk plane, on the same interfaces; 0 for any free one.
-    bulk_announce : sequence of str
+    bulk_announce : str or sequence of str
         ``host:port`` addresses to tell peers as those of the bulk plane, instead of what
         it listens on: for a port that a router or proxy forwards.
     server : bool
@@ -97,7 +98,7 @@ class Node:
         such as ``"5MB/s"`` (see `rates.parse_rate`).
     relay : bool
         Whether to be a relay for peers that cannot be dialled (see `relay_server`).
-    via : sequence of str
+    via : str or sequence of str
         Relays to use if this node cannot be dialled, ending in ``/p2p/<peer id>``; besides
         those it meets.
     bulk : str
@@ -122,10 +123,10 @@ class Node:
         self,
         store: Store | Path | str,
         *,
-        listen: Sequence[str] = (),
-        bootstrap: Sequence[str] = (),
+        listen: str | Sequence[str] = (),
+        bootstrap: str | Sequence[str] = (),
         bulk_port: int = 0,
-        bulk_announce: Sequence[str] = (),
+        bulk_announce: str | Sequence[str] = (),
         server: bool = True,
         mdns: bool | None = None,
         network: Path | str | None = None,
@@ -133,25 +134,25 @@ class Node:
         upload_limit: float | str | None = None,
         download_limit: float | str | None = None,
         relay: bool = False,
-        via: Sequence[str] = (),
+        via: str | Sequence[str] = (),
         bulk: str = "tls",
     ) -> None:
         if bulk not in ("tls", "clear"):
             raise BadInput(f"bulk is tls or clear, not {bulk!r}")
         self._given_store = store
-        self._bootstraps = Bootstraps(bootstrap)
-        self._listen = tuple(listen) or (_default_listen(self._bootstraps),)
+        self._bootstraps = Bootstraps(one_or_more(bootstrap))
+        self._listen = one_or_more(listen) or (_default_listen(self._bootstraps),)
         self._mdns = mdns
         self._network_key = read_key(Path(network)) if network is not None else None
         self._bulk_port = bulk_port
         self._may_clear = bulk == "clear"
-        self._bulk_announce = _bulk_addresses(bulk_announce)
+        self._bulk_announce = _bulk_addresses(one_or_more(bulk_announce))
         self._server = server
         self._rng = random.Random(seed)
         self.upload_limiter = limiter_of(upload_limit)
         self.download_limiter = limiter_of(download_limit)
         self._is_relay = relay
-        self._via = [parse_peer_address(text) for text in via]
+        self._via = [parse_peer_address(text) for text in one_or_more(via)]
         self._stack = AsyncExitStack()
         self._fetches = 0  # under way
         self.peer_id = ""

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from tensorswarm.store.arguments import one_or_more
 from tensorswarm.store.errors import BadInput
 from tensorswarm.store.store import Store
 from tensorswarm.store.upkeep import EXPORTS
@@ -72,9 +73,9 @@ def fetch(
     ref: str,
     *,
     store: str | Path | None = None,
-    bootstrap: Sequence[str] = (),
-    origins: Sequence[str] = (),
-    include: Sequence[str] = (),
+    bootstrap: str | Sequence[str] = (),
+    origins: str | Sequence[str] = (),
+    include: str | Sequence[str] = (),
     out: str | Path | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
     upload_limit: RateLimit = None,
@@ -91,12 +92,12 @@ def fetch(
         well: the folder then has one file of that name, with its bytes.
     store : path, optional
         The store; by default `default_store()`.
-    bootstrap : sequence of str
+    bootstrap : str or sequence of str
         Addresses of peers to begin with, ``/ip4/…/tcp/…/p2p/…``; by default the node
         that runs on this store.
-    origins : sequence of str
+    origins : str or sequence of str
         URLs of HTTP servers that hold the model's files.
-    include : sequence of str
+    include : str or sequence of str
         Patterns of file paths or tensor names; none for everything.
     out : path, optional
         The folder; by default one inside the store.
@@ -117,9 +118,10 @@ def fetch(
     """
     if not is_url(ref) and (parsed := parse_ref(ref)).kind is RefKind.PATH:
         return parsed.path
+    include = one_or_more(include)
     how = Network(
-        bootstrap=bootstrap,
-        origins=origins,
+        bootstrap=one_or_more(bootstrap),
+        origins=one_or_more(origins),
         timeout_s=timeout_s,
         upload_limit=upload_limit,
         download_limit=download_limit,
@@ -139,9 +141,9 @@ def load(
     ref: str,
     *,
     store: str | Path | None = None,
-    bootstrap: Sequence[str] = (),
-    origins: Sequence[str] = (),
-    include: Sequence[str] = (),
+    bootstrap: str | Sequence[str] = (),
+    origins: str | Sequence[str] = (),
+    include: str | Sequence[str] = (),
     framework: str = "np",
     lazy: bool = False,
     timeout_s: float = DEFAULT_TIMEOUT_S,
@@ -183,9 +185,10 @@ def load(
     from tensorswarm.store.ingest import add_paths
     from tensorswarm.store.load import LazyTensors, load_tensors
 
+    include = one_or_more(include)
     how = Network(
-        bootstrap=bootstrap,
-        origins=origins,
+        bootstrap=one_or_more(bootstrap),
+        origins=one_or_more(origins),
         timeout_s=timeout_s,
         upload_limit=upload_limit,
         download_limit=download_limit,

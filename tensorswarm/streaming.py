@@ -9,8 +9,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tensorswarm.store.arguments import one_or_more
 from tensorswarm.store.digest import EMPTY_DIGEST
-from tensorswarm.store.errors import BadInput
+from tensorswarm.store.errors import BadInput, NotFound
 from tensorswarm.store.export import select
 from tensorswarm.store.load import load_tensor
 from tensorswarm.store.manifest import Manifest
@@ -35,10 +36,10 @@ def stream(
     ref: str,
     *,
     store: str | Path | None = None,
-    bootstrap: Sequence[str] = (),
-    origins: Sequence[str] = (),
-    include: Sequence[str] = (),
-    first: Sequence[str] = (),
+    bootstrap: str | Sequence[str] = (),
+    origins: str | Sequence[str] = (),
+    include: str | Sequence[str] = (),
+    first: str | Sequence[str] = (),
     timeout_s: float = DEFAULT_TIMEOUT_S,
     upload_limit: RateLimit = None,
     download_limit: RateLimit = None,
@@ -53,7 +54,7 @@ def stream(
         A model id.
     store, bootstrap, origins, include, timeout_s, upload_limit, download_limit
         As for `tensorswarm.fetch`.
-    first : sequence of str
+    first : str or sequence of str
         Patterns of tensor names or file paths wanted first, in this order; the others
         follow in the order of the files.
     network, near_first
@@ -70,9 +71,10 @@ def stream(
     TensorswarmError
         As for `tensorswarm.fetch`.
     """
+    include, first = one_or_more(include), one_or_more(first)
     how = Network(
-        bootstrap=bootstrap,
-        origins=origins,
+        bootstrap=one_or_more(bootstrap),
+        origins=one_or_more(origins),
         timeout_s=timeout_s,
         upload_limit=upload_limit,
         download_limit=download_limit,
@@ -113,6 +115,12 @@ def _as_they_come(
                 raise item
             if isinstance(item, bytes):
                 whole.add(item)
+            elif item is None:
+                # All is done, so what was not told of came by another process' hand.
+                whole.update(store.records(list(set().union(*needed))))
+                if not whole.issuperset(digests):
+                    raise NotFound(f"{tensor.name!r} went out of the store before it was read")
+                news.put(None)
         yield tensor.name, load_tensor(store, manifest, tensor)
 
 
@@ -128,10 +136,13 @@ def _fetching(
     news: queue.SimpleQueue[News] = queue.SimpleQueue()
     scope = trio.CancelScope()
     token: list[trio.lowlevel.TrioToken] = []
+    is_left = threading.Event()
     options = how.options(include, first, in_order=True, on_manifest=news.put, on_object=news.put)
 
     async def main() -> None:
         token.append(trio.lowlevel.current_trio_token())
+        if is_left.is_set():  # before there was anything to cancel
+            return
         with scope:
             async with one_error(), how.node(store) as node:
                 await node.fetch_digest(ref.digest, options, is_model=True)
@@ -149,6 +160,7 @@ def _fetching(
     try:
         yield news
     finally:
+        is_left.set()
         if token:
             with suppress(trio.RunFinishedError):  # it has ended by itself
                 token[0].run_sync_soon(scope.cancel)

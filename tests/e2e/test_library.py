@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import queue
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,13 @@ import pytest
 import trio
 
 import tensorswarm
+from tensorswarm import streaming
 from tensorswarm.p2p.host.pnet import write_new_key
+from tensorswarm.refs import parse_ref
 from tensorswarm.store.digest import digest_of
+from tensorswarm.store.errors import NotFound
+from tensorswarm.store.records import ObjectRecord
+from tensorswarm.store.store import Store
 from tests.e2e.conftest import Model, add
 from tests.support.http_origin import HttpOrigin
 from tests.support.model_files import WEIGHTS, make_random_model, sha256_of_files
@@ -77,3 +84,53 @@ def test_inside_an_event_loop(model: Model, tmp_path: Path) -> None:
         trio.run(in_trio)
         asyncio.run(in_asyncio())
         assert tensorswarm.fetch(model.id, store=model.store).is_dir()
+
+
+def test_one_text_is_as_good_as_a_list_of_one(
+    processes: Processes, model: Model, tmp_path: Path
+) -> None:
+    node = processes.node(model.store)
+    stream = tensorswarm.stream(
+        model.id, store=tmp_path / "1", bootstrap=node.addr, include="*.safetensors", first="small"
+    )
+    assert [name for name, _ in stream] == ["small", "large"]
+    loaded = tensorswarm.load(model.id, store=tmp_path / "2", bootstrap=node.addr, include="small")
+    assert loaded.keys() == {"small"}
+
+    async def main() -> int:
+        own = tensorswarm.Node(tmp_path / "3", bootstrap=node.addr, listen="127.0.0.1:0")
+        async with own as running:
+            return (await running.fetch(model.id)).bytes_peers
+
+    assert trio.run(main) > SIZES["large"]
+
+
+@pytest.mark.parametrize("is_here", [True, False])
+def test_a_stream_ends_with_the_download_though_it_was_not_told_of_all(
+    model: Model, is_here: bool
+) -> None:
+    """Another process may bring a tensor into the store meanwhile, or take one out."""
+    news: queue.SimpleQueue[streaming.News] = queue.SimpleQueue()
+    with Store(model.store) as store:
+        manifest = store.manifest(parse_ref(model.id).digest)
+        assert manifest is not None
+        large = next(ref for ref in manifest.objects if ref.size_bytes == SIZES["large"])
+        records = store.records
+        told: list[int] = []
+
+        def records_later(digests: Sequence[bytes]) -> dict[bytes, ObjectRecord]:
+            found = records(digests)
+            if not (told and is_here):
+                found.pop(large.digest, None)
+            told.append(len(found))
+            return found
+
+        store.records = records_later  # type: ignore[method-assign, assignment]
+        news.put(manifest)
+        news.put(None)
+        got = streaming._as_they_come(store, news, (), ("large",))
+        if is_here:
+            assert [name for name, _ in got] == ["large", "small"]
+        else:
+            with pytest.raises(NotFound, match="'large' went out of the store"):
+                next(got)
