@@ -2,7 +2,7 @@
 
 The planner decides; the workers move bytes in threads; this loop carries events to
 the one and actions to the other. Who the sources are, and what becomes of those that
-fail, is `source_table`'s affair.
+fail, is `download_sources`'s affair.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from .bulk.sink import (
 from .companions import Companions
 from .control.holdings import set_bits
 from .control.neighbours import Neighbours
-from .download_sources import OriginSpec
+from .download_sources import DownloadSources
+from .known_source import OriginSpec
 from .limits.rates import RateLimiter
 from .news import TELL_CROWD_INTERVAL_S, TELL_INTERVAL_S, News
 from .results import SourceReport
 from .roster import Roster
 from .routes import Routes
-from .source_table import SourceTable
 from .swarm.planner import Ask, Cancel, Drop, PassOn, Planner, PlannerLimits
 from .swarm.source import Outcome, SmallBatch
 from .uploads import Uploads
@@ -126,7 +126,7 @@ class Download:
         self._news = News(wanted)
         self._swarm_key = swarm_key
         self._roster = Roster()
-        self._sources = SourceTable(
+        self._sources = DownloadSources(
             wanted,
             self._planner,
             self._sink,

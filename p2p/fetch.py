@@ -41,8 +41,8 @@ from .companions import Companions
 from .control.neighbour import Neighbour
 from .dht.search import Search
 from .download import Download
-from .download_sources import OriginSpec
 from .inquiry import FRUITLESS_ROUNDS, Inquiry, pause_s
+from .known_source import OriginSpec
 from .origins.origin import check_origin_url, file_url, locate_objects
 from .preparation import Preparation
 from .results import FetchResult, SourceReport
