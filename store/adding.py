@@ -28,6 +28,7 @@ from .errors import TensorswarmError
 from .hashing import RangeHasher, chunk_digests
 from .manifest import Manifest, ObjectRef
 from .objects import INLINE_LIMIT, AdoptedRange
+from .packs import MIN_PACKED, Written
 from .place import COPY_BUFFER_SIZE, WRITE_SLICE, disk_errors, remove_file
 from .records import FileState, NewObject, ObjectPlace, head_of, insert_object
 from .store import Store
@@ -38,6 +39,9 @@ processes wait for it, about a second."""
 
 MAX_STAGED_OBJECTS = 1 << 16
 """Small objects that go into the index in one transaction, at most, for the same reason."""
+
+PACKED_AT_ONCE = 256
+"""Small objects appended to a pack in one go: 16 MiB at most."""
 
 MAX_PENDING = 64
 """Operations that may wait for their commit."""
@@ -305,16 +309,29 @@ class _Stage:
         self, chosen: frozenset[bytes], added_by: str | None
     ) -> Callable[[sqlite3.Connection], None]:
         """Return the operation that puts the chosen objects into the index."""
-        file, entries = self._file, self._entries
+        file = self._file
+        entries = [each for each in self._entries if each[0].digest in chosen]
         if file is not None:
             with disk_errors("cannot write to the store"):
                 file.flush()
+        packs = self._store.packs
+        written: list[Written] = []  # what an attempt that failed has appended already
+
+        def read(new: NewObject, offset: int) -> bytes:
+            assert file is not None
+            return os.pread(file.fileno(), new.size_bytes, offset)
 
         def operation(db: sqlite3.Connection) -> None:
-            for new, offset in entries:
-                if file is not None and new.digest in chosen:
-                    data = os.pread(file.fileno(), new.size_bytes, offset)
+            if len(entries) < MIN_PACKED:
+                for new, offset in entries:
                     new = new._replace(added_by=added_by)
-                    insert_object(db, new, ObjectPlace.INLINE, data=data)
+                    insert_object(db, new, ObjectPlace.INLINE, data=read(new, offset))
+                return
+            for number, start in enumerate(range(0, len(entries), PACKED_AT_ONCE)):
+                part = entries[start : start + PACKED_AT_ONCE]
+                if number == len(written):
+                    written.append(packs.append([read(*each) for each in part]))
+                rows = [(new.digest, new.size_bytes) for new, _ in part]
+                packs.insert(db, written[number], rows, added_by)
 
         return operation

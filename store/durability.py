@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from .hashing import hash_range
 from .objects import WholeObjects, many
+from .pack_care import recover_packs, sync_packs
 from .place import disk_errors, remove_file, sync_directory, sync_file
 from .records import AdoptedFile, FileState, drop_unused_files, wait_for_clock
 
@@ -62,6 +63,7 @@ def sync_objects(objects: WholeObjects) -> int:
             many("UPDATE objects SET boot=NULL WHERE digest=?", [(row[0],) for row in rows])
         )
         synced += len(rows)
+    sync_packs(objects)
     with disk_errors("cannot sync the store"):
         objects.index.sync()
     return synced
@@ -93,6 +95,7 @@ def recover(objects: WholeObjects) -> None:
     """
     with disk_errors("cannot mend the store"):
         _check_suspects(objects)
+        recover_packs(objects)
         for file in objects.adopted.all():
             _check_adopted(objects, file)
         objects.place.clear_tmp()

@@ -32,7 +32,7 @@ from .place import sync_directory, sync_file
 T = TypeVar("T")
 Operation = Callable[[sqlite3.Connection], T]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 BUSY_TIMEOUT_S = 30.0
 """How long a writer waits for another process's transaction. Ours last milliseconds."""
@@ -69,7 +69,7 @@ _SCHEMA = """
 CREATE TABLE objects (
     digest BLOB PRIMARY KEY,
     size INTEGER NOT NULL,
-    place INTEGER NOT NULL,           -- 0 in `data`, 1 a file of its own, 2 in an adopted file
+    place INTEGER NOT NULL,           -- 0 in `data`, 1 its own file, 2 an adopted file, 3 a pack
     data BLOB,
     file_id INTEGER REFERENCES adopted_files(id),
     file_offset INTEGER,
@@ -78,7 +78,6 @@ CREATE TABLE objects (
     boot TEXT,                        -- the machine's start it was written under; NULL once durable
     added_by TEXT                     -- the unfinished `add` that would take it away again
 );
-CREATE INDEX objects_head ON objects(head);
 CREATE INDEX objects_boot ON objects(boot) WHERE boot IS NOT NULL;
 CREATE INDEX objects_file ON objects(file_id) WHERE file_id IS NOT NULL;
 CREATE INDEX objects_added_by ON objects(added_by) WHERE added_by IS NOT NULL;
@@ -106,8 +105,6 @@ CREATE TABLE manifests (
 CREATE TABLE pins (digest BLOB PRIMARY KEY);
 CREATE TABLE changes (models INTEGER NOT NULL, objects INTEGER NOT NULL);
 INSERT INTO changes VALUES (0, 0);
-CREATE TRIGGER object_added AFTER INSERT ON objects
-    BEGIN UPDATE changes SET objects = objects + 1; END;
 CREATE TRIGGER object_dropped AFTER DELETE ON objects
     BEGIN UPDATE changes SET objects = objects + 1; END;
 CREATE TRIGGER model_added AFTER INSERT ON manifests
@@ -115,6 +112,26 @@ CREATE TRIGGER model_added AFTER INSERT ON manifests
 CREATE TRIGGER model_dropped AFTER DELETE ON manifests
     BEGIN UPDATE changes SET models = models + 1; END;
 """
+
+_SCHEMA_OF_PACKS = """
+ALTER TABLE objects ADD COLUMN pack INTEGER;  -- which one, of place 3; `file_offset` says where
+CREATE TABLE packs (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    name TEXT UNIQUE NOT NULL,        -- the file's
+    size_bytes INTEGER NOT NULL,      -- the end of what rows may name
+    durable_bytes INTEGER NOT NULL,   -- the end of what is on stable storage
+    boot TEXT NOT NULL,               -- the machine's start that the rest was written under
+    is_open INTEGER NOT NULL          -- whether its session, while it lives, may append
+);
+-- What is small begins with nobody else's first chunk of 1 MiB. The places without it:
+DROP INDEX IF EXISTS objects_head;
+CREATE INDEX objects_head ON objects(head) WHERE place IN (1, 2);
+-- Packs take many at a time, and count them themselves.
+DROP TRIGGER IF EXISTS object_added;
+CREATE TRIGGER object_added AFTER INSERT ON objects WHEN NEW.place<>3
+    BEGIN UPDATE changes SET objects = objects + 1; END;
+"""
+"""What version 2 adds to version 1: a store of that is brought up to date when it is opened."""
 
 _FULL_CODES = frozenset(
     {
@@ -197,17 +214,24 @@ class Index:
         connection.execute("BEGIN IMMEDIATE")
         try:
             if not self._is_prepared(connection):  # another process may just have done it
-                (tables,) = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
-                if tables:
-                    raise BadInput(f"{self._path} is not a tensorswarm index: it has other tables")
-                for statement in _statements(_SCHEMA):
-                    connection.execute(statement)
+                self._bring_up_to_date(connection)
                 connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
             connection.execute("COMMIT")
         except BaseException:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             raise
+
+    def _bring_up_to_date(self, connection: sqlite3.Connection) -> None:
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if not version:
+            (tables,) = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
+            if tables:
+                raise BadInput(f"{self._path} is not a tensorswarm index: it has other tables")
+            for statement in _statements(_SCHEMA):
+                connection.execute(statement)
+        for statement in _statements(_SCHEMA_OF_PACKS):
+            connection.execute(statement)
 
     def _is_prepared(self, connection: sqlite3.Connection) -> bool:
         (version,) = connection.execute("PRAGMA user_version").fetchone()

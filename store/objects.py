@@ -1,8 +1,9 @@
 """Whole objects: what the store has by digest, and how more gets in.
 
-An object is a row of the index together with its bytes: 64 KiB and less in the row,
-larger ones in a write-once file named by the digest, or in a byte range of a file that
-the user adopted. Who puts an object in has hashed it before.
+An object is a row of the index together with its bytes: 64 KiB and less in the row or,
+where many came together, in a pack (`packs`); larger ones in a write-once file named by the
+digest, or in a byte range of a file that the user adopted. Who puts an object in has hashed
+it before.
 
 An object's file is moved to its place, and taken away, inside the transaction that
 changes its row. So no process sees the one without the other, unless it was killed in
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 from .digest import EMPTY_DIGEST, chunk_list_of, digest_of
 from .errors import StoreDamaged
 from .index import MAX_SQL_VARIABLES, Index, in_parts
+from .packs import MIN_PACKED, Packs
 from .place import Place, boot_identity, disk_errors, remove_file, write_file
 from .reader import FileReader, InlineReader, read_all
 from .records import (
@@ -33,6 +35,7 @@ from .records import (
     NewObject,
     ObjectPlace,
     ObjectRecord,
+    PackSpot,
     drop_unused_files,
     head_of,
     insert_object,
@@ -47,6 +50,16 @@ INLINE_LIMIT = 64 << 10
 
 LISTS_BATCH = 256
 """Chunk lists kept in one operation: 16 MiB at most."""
+
+PACK_TRIES = 5
+"""Times an object is looked for again that was moved to another pack while it was read."""
+
+_SMALL_ROWS = (
+    # What follows `data` is not looked at where it is not needed.
+    "SELECT digest, size, place, CASE place WHEN 0 THEN data END, "
+    "CASE place WHEN 3 THEN pack END, CASE place WHEN 3 THEN file_offset END "
+    "FROM objects WHERE digest IN ({keys})"
+)
 
 FEW_PART = 8
 """A store is read as a whole where it has at most this part of what is looked for."""
@@ -84,6 +97,7 @@ class WholeObjects:
             raise
         self.adopted = AdoptedFiles(self.index)
         self.boot = boot_identity()
+        self.packs = Packs(self.place, self.index, self.boot)
 
     @property
     def root(self) -> Path:
@@ -93,6 +107,7 @@ class WholeObjects:
     def close(self) -> None:
         """Close the index and end the session."""
         self.index.close()
+        self.packs.close()
         self.place.close()
 
     # ---- what is here
@@ -153,8 +168,12 @@ class WholeObjects:
         return bool(self.records([digest]))
 
     def may_have(self, head: int) -> bool:
-        """Tell whether any object begins with the chunk of which `head` was made."""
-        return bool(self.index.query("SELECT 1 FROM objects WHERE head=? LIMIT 1", (head,)))
+        """Tell whether any larger object begins with the chunk of which `head` was made."""
+        return bool(
+            self.index.query(
+                "SELECT 1 FROM objects WHERE head=? AND place IN (1, 2) LIMIT 1", (head,)
+            )
+        )
 
     def open_whole(self, digest: bytes) -> InlineReader | FileReader | None:
         """Open a whole object, or return None if it is not here.
@@ -173,8 +192,8 @@ class WholeObjects:
             return self._open_file(record)
         if digest == EMPTY_DIGEST:
             return InlineReader(b"")
-        rows = self.index.query("SELECT data FROM objects WHERE digest=? AND place=0", (digest,))
-        return InlineReader(rows[0][0]) if rows else None
+        (data,) = self.read_small([(digest, record.size_bytes)])
+        return None if data is None else InlineReader(data)
 
     def _open_file(self, record: ObjectRecord) -> FileReader | None:
         path = self.place.object_path(record.digest)
@@ -219,26 +238,67 @@ class WholeObjects:
         LocalError
             One is here and cannot be read now.
         """
+        sizes = dict(wanted)
         found: dict[bytes, bytes] = {}
-        step = MAX_SQL_VARIABLES // 2
-        for start in range(0, len(wanted), step):
-            part = wanted[start : start + step]
-            rows = self.index.query(
-                "WITH wanted(digest, size) AS (VALUES " + ",".join(["(?,?)"] * len(part)) + ") "
-                "SELECT digest, data FROM wanted CROSS JOIN objects USING (digest, size) "
-                "WHERE place=0",
-                [value for pair in part for value in pair],
-            )
-            found.update(rows)
-        rest = [digest for digest, _ in wanted if digest not in found]
-        rows = self.index.query_keys(
-            "SELECT digest FROM objects WHERE place<>0 AND digest IN ({keys})", rest
-        )
-        in_files = {row[0] for row in rows}
-        for digest, size in wanted:
-            if digest in in_files and (data := self._read_whole(digest, size)) is not None:
+        packed: dict[bytes, PackSpot] = {}
+        in_files: list[bytes] = []
+        rows = self.index.query_keys(_SMALL_ROWS, list(sizes))
+        for digest, size, place, data, pack_id, offset in rows:
+            if size != sizes[digest]:
+                continue
+            if place == ObjectPlace.PACKED:
+                packed[digest] = PackSpot(pack_id, offset, size)
+            elif place == ObjectPlace.INLINE:
                 found[digest] = data
-        return [found.get(digest) for digest, _ in wanted]
+            else:
+                in_files.append(digest)
+        if packed:
+            found.update(self._read_packed(packed))
+        for digest in in_files:
+            if (data := self._read_whole(digest, sizes[digest])) is not None:
+                found[digest] = data
+        if len(sizes) == len(wanted):
+            return [found.get(digest) for digest, _ in wanted]
+        given = ((found.get(digest), size) for digest, size in wanted)  # one is there twice
+        return [data if data is not None and len(data) == size else None for data, size in given]
+
+    def _read_packed(self, spots: dict[bytes, PackSpot]) -> dict[bytes, bytes]:
+        """Return the bytes of packed objects; those whose bytes are lost are dropped."""
+        found: dict[bytes, bytes] = {}
+        for _ in range(PACK_TRIES):
+            data = self.packs.read(list(spots.values()))
+            if None not in data and not found:
+                return dict(zip(spots, data, strict=True))  # type: ignore[arg-type]
+            lost: dict[bytes, PackSpot] = {}
+            for (digest, spot), each in zip(spots.items(), data, strict=True):
+                if each is None:
+                    lost[digest] = spot
+                else:
+                    found[digest] = each
+            # Another process may have moved them since we looked where they are.
+            spots = self._spots(list(lost))
+            self.drop_lost([each for each in lost.items() if spots.get(each[0]) == each[1]])
+            spots = {digest: spot for digest, spot in spots.items() if spot != lost[digest]}
+            if not spots:
+                break
+        return found
+
+    def _spots(self, digests: Sequence[bytes]) -> dict[bytes, PackSpot]:
+        """Return where those of some objects lie that are in packs."""
+        rows = self.index.query_keys(
+            "SELECT digest, pack, file_offset, size FROM objects "
+            "WHERE place=3 AND digest IN ({keys})",
+            digests,
+        )
+        return {digest: PackSpot(*where) for digest, *where in rows}
+
+    def drop_lost(self, lost: Sequence[tuple[bytes, PackSpot]]) -> None:
+        """Drop objects that are not where their rows say, unless they were moved meanwhile."""
+        rows = [(digest, spot.pack_id, spot.offset) for digest, spot in lost]
+        if rows:
+            self.index.write(
+                many("DELETE FROM objects WHERE digest=? AND pack=? AND file_offset=?", rows)
+            )
 
     def _read_whole(self, digest: bytes, size_bytes: int) -> bytes | None:
         reader = self.open_whole(digest)
@@ -293,7 +353,9 @@ class WholeObjects:
                 continue
             small.append((digest_of(data), data))
         for start in range(0, len(small), LISTS_BATCH):
-            self.keep_small(small[start : start + LISTS_BATCH])
+            # In rows: most are shorter than a page, and are read one by one.
+            part = small[start : start + LISTS_BATCH]
+            self.index.submit(functools.partial(insert_small, objects=part))
 
     def keep_bytes(
         self, new: NewObject, data: bytes | memoryview, chunk_list: bytes = b""
@@ -309,7 +371,12 @@ class WholeObjects:
         return self.keep_temporary(path, new, chunk_list)
 
     def keep_small(self, objects: Sequence[tuple[bytes, bytes]]) -> Future[None]:
-        """Put verified objects of at most `INLINE_LIMIT` bytes, by digest, into the index."""
+        """Keep verified objects of at most `INLINE_LIMIT` bytes, by digest.
+
+        Many go into a pack, few into their rows.
+        """
+        if len(objects) >= MIN_PACKED:
+            return self.index.submit(self.packs.keeping(objects))
         return self.index.submit(lambda db: insert_small(db, objects))
 
     def keep_temporary(self, path: Path, new: NewObject, chunk_list: bytes = b"") -> Future[None]:

@@ -4,6 +4,7 @@ Layout of a store directory::
 
     index.db            the index (SQLite, WAL)
     objects/ab/abcd…    whole objects, one write-once file each, named by digest
+    packs/<session>.<n> small objects, many in a file, named by the session that wrote it
     partial/abcd…-ef…   objects in progress: digest, and the chunk list's digest
     tmp/<session>.<n>   files being written
     tmp/<session>.lock  locked while the session that writes them lives
@@ -65,11 +66,12 @@ class Place:
         self.root = root
         self.index = root / "index.db"
         self.objects = root / "objects"
+        self.packs = root / "packs"
         self.partial = root / "partial"
         self.tmp = root / "tmp"
         self._numbers = itertools.count()
         with disk_errors(f"cannot make the store directory {root}"):
-            for folder in (root, self.objects, self.partial, self.tmp):
+            for folder in (root, self.objects, self.packs, self.partial, self.tmp):
                 folder.mkdir(parents=True, exist_ok=True)
             self._session, self._lock = _begin_session(self.tmp)
 
@@ -145,13 +147,18 @@ class Place:
     def clear_tmp(self) -> None:
         """Remove the temporary files of sessions that ended without removing them."""
         names = [path.name for path in self.tmp.iterdir()]
-        for session in {name.partition(".")[0] for name in names} - {self._session}:
+        for session in set(map(session_of, names)) - {self._session}:
             with _if_ended(_lock_path(self.tmp, session)) as ended:
                 if not ended:
                     continue
                 for name in names:
-                    if name.partition(".")[0] == session and not name.endswith(_LOCK_SUFFIX):
+                    if session_of(name) == session and not name.endswith(_LOCK_SUFFIX):
                         remove_file(self.tmp / name)
+
+
+def session_of(name: str) -> str:
+    """Return the session that made a unique name."""
+    return name.partition(".")[0]
 
 
 def partial_name(digest: bytes, chunk_list: bytes) -> str:

@@ -19,7 +19,7 @@ import time
 from array import array
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,11 +38,12 @@ _SMALL_ROWS = MAX_SQL_VARIABLES // 4
 
 
 class ObjectPlace(IntEnum):
-    """Where an object's bytes are."""
+    """Where an object's bytes are: in its row, a file of its own, one of the user's, a pack."""
 
     INLINE = 0
     FILE = 1
     ADOPTED = 2
+    PACKED = 3
 
 
 class ObjectRecord(NamedTuple):
@@ -74,6 +75,14 @@ class ObjectRecord(NamedTuple):
 
 EMPTY_RECORD = ObjectRecord(EMPTY_DIGEST, 0, ObjectPlace.INLINE, 0, 0, b"")
 """The object of no bytes, which every store has."""
+
+
+class PackSpot(NamedTuple):
+    """Where a small object lies: in which pack, from which byte on, and how long it is."""
+
+    pack_id: int
+    offset: int
+    size_bytes: int
 
 
 class NewObject(NamedTuple):
@@ -137,11 +146,12 @@ def head_of(digest: bytes, chunk_list: bytes) -> int:
 def select_objects(index: Index, digests: Sequence[bytes]) -> dict[bytes, ObjectRecord]:
     """Return the rows of the whole objects among `digests`, stale ones included."""
     rows = index.query_keys(
-        # An object in the index has one chunk. What follows `data` in its row is not
-        # looked at: SQLite would read through all of the data for it.
-        "SELECT digest, size, place, CASE place WHEN 0 THEN 0 ELSE file_id END, "
-        "CASE place WHEN 0 THEN 0 ELSE file_offset END, "
-        "CASE place WHEN 0 THEN x'' ELSE chunk_list END FROM objects WHERE digest IN ({keys})",
+        # A small object has one chunk. What follows `data` in its row is not looked at:
+        # SQLite would read through all of the data for it.
+        "SELECT digest, size, place, CASE WHEN place IN (1, 2) THEN file_id END, "
+        "CASE place WHEN 2 THEN file_offset END, "
+        "CASE WHEN place IN (1, 2) THEN chunk_list ELSE x'' END "
+        "FROM objects WHERE digest IN ({keys})",
         digests,
     )
     return {
@@ -214,11 +224,43 @@ def insert_small(db: sqlite3.Connection, objects: Sequence[tuple[bytes, bytes]])
             "WHERE objects.place=2",
             list(chain.from_iterable(part)),
         )
+    _drop_parts(db, [digest for digest, _ in objects])
+
+
+def insert_packed(
+    db: sqlite3.Connection,
+    pack_id: int,
+    start: int,
+    objects: Sequence[tuple[bytes, int]],
+    added_by: str | None,
+) -> None:
+    """Insert objects, by digest and size, that lie side by side in a pack from `start` on.
+
+    As `insert_object` for each; of one that is here already, the bytes in the pack are dead.
+    """
+    ends = accumulate([size_bytes for _, size_bytes in objects], initial=start)
+    rows = [(*each, offset) for each, offset in zip(objects, ends, strict=False)]
+    for first in range(0, len(rows), _SMALL_ROWS):
+        part = rows[first : first + _SMALL_ROWS]
+        db.execute(
+            "INSERT INTO objects(pack, added_by, digest, size, file_offset, place, chunk_list, "
+            "head) VALUES "
+            + ",".join(["(?1,?2,?,?,?,3,x'',0)"] * len(part))
+            + " ON CONFLICT(digest) DO UPDATE SET size=excluded.size, place=excluded.place, "
+            "data=NULL, file_id=NULL, file_offset=excluded.file_offset, pack=excluded.pack, "
+            "chunk_list=excluded.chunk_list, boot=NULL, added_by=excluded.added_by "
+            "WHERE objects.place=2",
+            [pack_id, added_by, *chain.from_iterable(part)],
+        )
+    db.execute("UPDATE changes SET objects = objects + ?", (len(rows),))
+    _drop_parts(db, [digest for digest, _ in objects])
+
+
+def _drop_parts(db: sqlite3.Connection, digests: Sequence[bytes]) -> None:
+    """Drop the notes on what was proved in part of objects that are whole now."""
     if db.execute("SELECT 1 FROM partials LIMIT 1").fetchone() is None:
         return
-    for keys, sql in in_parts(
-        "DELETE FROM partials WHERE digest IN ({keys})", [digest for digest, _ in objects]
-    ):
+    for keys, sql in in_parts("DELETE FROM partials WHERE digest IN ({keys})", digests):
         db.execute(sql, keys)
 
 

@@ -69,7 +69,9 @@ def find_relatives(objects: WholeObjects, heads: Iterable[int]) -> dict[int, lis
     for part in _parts(sorted(heads)):
         marks = ",".join("?" * len(part))
         rows = objects.index.query(
-            f"SELECT head, digest FROM objects WHERE head IN ({marks}) ORDER BY rowid DESC", part
+            f"SELECT head, digest FROM objects WHERE head IN ({marks}) AND place IN (1, 2) "
+            "ORDER BY rowid DESC",
+            part,
         )
         for head, digest in rows:
             of_head = found.setdefault(head, [])

@@ -31,6 +31,7 @@ from .durability import clear_partials
 from .errors import BadInput, LocalError, NotFound
 from .manifest import Manifest
 from .objects import FORGET_BATCH
+from .pack_care import tidy
 from .place import disk_errors, remove_file
 from .records import ObjectPlace
 from .store import Store
@@ -169,6 +170,8 @@ def _collect(
             break
     else:
         raise LocalError("the store's list of models keeps changing: try again later")
+    if not dry_run:
+        tidy(store)
     partials, room = _drop_partials(store, needed, candidates, partial_age_s, dry_run=dry_run)
     return Freed(objects, partials, size_bytes + room)
 

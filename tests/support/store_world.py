@@ -168,6 +168,7 @@ def cut_the_power(root: Path) -> None:
     What the disk had not taken by then is for the test to destroy.
     """
     edit_index(root, "UPDATE objects SET boot='before' WHERE boot IS NOT NULL")
+    edit_index(root, "UPDATE packs SET boot='before'")
     edit_index(root, "UPDATE partials SET boot='before'")
 
 

@@ -16,6 +16,7 @@ import pytest
 from tensorswarm.store.digest import CHUNK_SIZE, EMPTY_DIGEST, chunk_list_of, digest_of
 from tensorswarm.store.errors import BadInput, HashMismatch, LocalError, StoreDamaged
 from tensorswarm.store.incoming import ChunkMismatch
+from tensorswarm.store.index import SCHEMA_VERSION
 from tensorswarm.store.ingest import add_paths
 from tensorswarm.store.manifest import Manifest, ManifestBuilder, ObjectRef
 from tensorswarm.store.objects import INLINE_LIMIT
@@ -433,7 +434,7 @@ def test_failed_opening_gives_everything_back(store_dir: Path) -> None:
             opening(store_dir)
     assert files_below(store_dir / "tmp") == []
     assert not [t for t in threading.enumerate() if t.name == "store-writer" and t.is_alive()]
-    edit_index(store_dir, "PRAGMA user_version=1")
+    edit_index(store_dir, f"PRAGMA user_version={SCHEMA_VERSION}")
     with Store(store_dir):
         pass
 
