@@ -311,6 +311,7 @@ class _Stage:
         """Return the operation that puts the chosen objects into the index."""
         file = self._file
         entries = [each for each in self._entries if each[0].digest in chosen]
+        entries.sort()  # by digest: so they are asked for, and what lies together is read at once
         if file is not None:
             with disk_errors("cannot write to the store"):
                 file.flush()

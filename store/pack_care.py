@@ -55,7 +55,7 @@ def _contents(objects: WholeObjects, pack_id: int) -> Iterator[dict[bytes, PackS
         if not rows:
             return
         last = rows[-1][0]
-        yield {digest: PackSpot(pack_id, *where) for digest, *where in rows}
+        yield {digest: (pack_id, offset, size_bytes) for digest, offset, size_bytes in rows}
 
 
 # ---- syncing
@@ -112,9 +112,9 @@ def _check(objects: WholeObjects, pack: _Pack) -> None:
         return
     for portion in _contents(objects, pack.pack_id):
         suspects = {
-            digest: spot
-            for digest, spot in portion.items()
-            if spot.offset + spot.size_bytes > good_bytes
+            digest: (pack_id, offset, size_bytes)
+            for digest, (pack_id, offset, size_bytes) in portion.items()
+            if offset + size_bytes > good_bytes
         }
         data = objects.packs.read(list(suspects.values()))
         torn = [
@@ -187,9 +187,9 @@ def _moving(
             written = objects.packs.append(data)
         pack_id, offset = objects.packs.note(db, written), written.start
         rows = []
-        for digest, spot in portion:
-            rows.append((pack_id, offset, digest, spot.pack_id, spot.offset))
-            offset += spot.size_bytes
+        for digest, (old_id, old_offset, size_bytes) in portion:
+            rows.append((pack_id, offset, digest, old_id, old_offset))
+            offset += size_bytes
         db.executemany(
             "UPDATE objects SET pack=?, file_offset=? "
             "WHERE digest=? AND pack=? AND file_offset=? AND place=3",

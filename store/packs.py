@@ -27,8 +27,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,10 +44,13 @@ MIN_PACKED = 16
 need not leave a file of its own behind."""
 
 READ_RUN_BYTES = 1 << 20
-"""Most bytes of neighbouring objects that are read in one go."""
+"""Bytes of neighbouring objects from which on no more are read in one go."""
 
 MAX_PARTS = 1024
 """Buffers in one write, as POSIX allows them on every system of today."""
+
+
+_Piece = tuple[int, int, int]  # position among those asked for, offset, length
 
 
 class Written(NamedTuple):
@@ -185,11 +187,9 @@ class Packs:
             A pack is there and cannot be read.
         """
         found: list[bytes | None] = [None] * len(spots)
-        order = sorted(range(len(spots)), key=spots.__getitem__)
         with disk_errors("cannot read a pack of small tensors"), contextlib.ExitStack() as stack:
             opened, descriptor = -1, -1
-            for run in _runs(spots, order):
-                pack_id, start, _ = spots[run[0]]
+            for pack_id, start, stop, run in _runs(spots):
                 if pack_id != opened:
                     stack.close()
                     opened, descriptor = pack_id, self._open(pack_id)
@@ -197,12 +197,10 @@ class Packs:
                         stack.callback(os.close, descriptor)
                 if descriptor < 0:
                     continue
-                _, last, size_bytes = spots[run[-1]]
-                data = _read_upto(descriptor, start, last + size_bytes - start)
-                for position in run:
-                    _, offset, length = spots[position]
-                    piece = data[offset - start : offset - start + length]
-                    found[position] = piece if len(piece) == length else None
+                data = _read_upto(descriptor, start, stop - start)
+                for position, offset, length in run:
+                    if offset + length <= start + len(data):
+                        found[position] = data[offset - start : offset - start + length]
         return found
 
     def _open(self, pack_id: int) -> int:
@@ -220,20 +218,21 @@ class Packs:
             return -1
 
 
-def _runs(spots: Sequence[PackSpot], order: Sequence[int]) -> list[list[int]]:
-    """Return positions in order, those together that lie side by side."""
-    runs: list[list[int]] = [[order[0]]] if order else []
-    start = spots[order[0]].offset if order else 0
-    for before, position in pairwise(order):
-        pack_id, offset, size_bytes = spots[position]
-        end = spots[before].offset + spots[before].size_bytes
-        is_next = spots[before].pack_id == pack_id and end == offset
-        if is_next and offset + size_bytes - start <= READ_RUN_BYTES:
-            runs[-1].append(position)
-        else:
-            runs.append([position])
-            start = offset
-    return runs
+def _runs(spots: Sequence[PackSpot]) -> Iterator[tuple[int, int, int, list[_Piece]]]:
+    """Yield what is read in one go: pack, first byte, the one after the last, and pieces."""
+    order = sorted(range(len(spots)), key=spots.__getitem__)
+    pack_id, start, stop = -1, 0, 0
+    run: list[_Piece] = []
+    for position in order:
+        of, offset, length = spots[position]
+        if of != pack_id or offset != stop or stop - start >= READ_RUN_BYTES:
+            if run:
+                yield pack_id, start, stop, run
+            pack_id, start, stop, run = of, offset, offset, []
+        run.append((position, offset, length))
+        stop += length
+    if run:
+        yield pack_id, start, stop, run
 
 
 def _read_upto(descriptor: int, offset: int, length: int) -> bytes:

@@ -77,12 +77,8 @@ EMPTY_RECORD = ObjectRecord(EMPTY_DIGEST, 0, ObjectPlace.INLINE, 0, 0, b"")
 """The object of no bytes, which every store has."""
 
 
-class PackSpot(NamedTuple):
-    """Where a small object lies: in which pack, from which byte on, and how long it is."""
-
-    pack_id: int
-    offset: int
-    size_bytes: int
+PackSpot = tuple[int, int, int]
+"""Where a small object lies: in which pack, from which byte on, and how long it is."""
 
 
 class NewObject(NamedTuple):

@@ -103,8 +103,12 @@ class Answers:
         return found
 
     def _look_up(self, table: ObjectTable, start: int, stop: int, found: Holdings) -> None:
-        digests = [ref.digest for ref in table[start:stop]]
-        here = self._store.holdings(digests)
+        digests = table.digests(start, stop)
+        whole = self._store.sizes(digests)
+        if self._access is None and list(map(whole.get, digests)) == list(table.sizes[start:stop]):
+            found.add_run(start, stop)  # all of them, as where a model was added
+            return
+        here = self._store.holdings(digests, whole)
         run = start  # where the run begins that is whole up to here
         for index, digest in enumerate(digests, start):
             held = here.get(digest)
