@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from .digest import EMPTY_DIGEST, chunk_list_of, digest_of
 from .errors import StoreDamaged
 from .index import MAX_SQL_VARIABLES, Index, in_parts
+from .lookups import rows_of
 from .packs import MIN_PACKED, Packs
 from .place import Place, boot_identity, disk_errors, remove_file, write_file
 from .reader import FileReader, InlineReader, read_all
@@ -59,12 +60,6 @@ _SMALL_COLUMNS = (
     "SELECT digest, place, CASE place WHEN 0 THEN data END, CASE place WHEN 3 THEN pack END, "
     "CASE place WHEN 3 THEN file_offset END, size FROM objects "
 )
-
-RANGE_LEAST = 1024
-"""Digests from which on it is worth a look how close they lie."""
-
-RANGE_PART = 1.5
-"""Rows that may lie among those looked for, as a part of these, to be read as well."""
 
 FEW_PART = 8
 """A store is read as a whole where it has at most this part of what is looked for."""
@@ -140,7 +135,7 @@ class WholeObjects:
         columns = "SELECT digest, size, CASE place WHEN 2 THEN file_id END FROM objects "
         rows = self._few(columns, digests)
         if rows is None:
-            rows = self._rows_of(columns, digests)
+            rows = rows_of(self.index, columns, digests)
             if len(rows) > len(digests):
                 wanted = set(digests)
                 rows = [row for row in rows if row[0] in wanted]
@@ -150,20 +145,6 @@ class WholeObjects:
         if EMPTY_DIGEST in digests:
             found[EMPTY_DIGEST] = 0
         return found
-
-    def _rows_of(self, columns: str, digests: Sequence[bytes]) -> list[tuple[Any, ...]]:
-        """Return the rows of many digests, the digest first; and perhaps some of others.
-
-        Neighbours of which most are here are read from the first to the last in half the time
-        of looking for each. Digests are spread evenly, so it is known how many lie between.
-        """
-        if len(digests) >= RANGE_LEAST:
-            first, last = min(digests), max(digests)
-            part = (int.from_bytes(last[:8], "big") - int.from_bytes(first[:8], "big")) / 2**64
-            ((most,),) = self.index.query("SELECT MAX(rowid) FROM objects")
-            if part * (most or 0) < RANGE_PART * len(digests):
-                return self.index.query(columns + "WHERE digest BETWEEN ? AND ?", (first, last))
-        return self.index.query_keys(columns + "WHERE digest IN ({keys})", digests)
 
     def _few(self, columns: str, digests: Sequence[bytes]) -> list[tuple[Any, ...]] | None:
         """Return the rows of many digests from a store that has few; None if it has more.
@@ -264,7 +245,7 @@ class WholeObjects:
         found: dict[bytes, bytes] = {}
         packed: dict[bytes, PackSpot] = {}
         in_files: list[bytes] = []
-        for digest, place, data, *spot in self._rows_of(_SMALL_COLUMNS, list(sizes)):
+        for digest, place, data, *spot in rows_of(self.index, _SMALL_COLUMNS, list(sizes)):
             if sizes.get(digest) != spot[2]:
                 continue
             if place == ObjectPlace.PACKED:

@@ -22,7 +22,7 @@ import contextlib
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -100,22 +100,23 @@ class Store(WholeObjects):
 
     # ---- whole objects, and those in progress
 
-    def holdings(
-        self, digests: Sequence[bytes], whole: Mapping[bytes, int] | None = None
-    ) -> dict[bytes, Holding]:
+    def holdings(self, digests: Sequence[bytes]) -> dict[bytes, Holding]:
         """Return what the store has of each of `digests`, whole or in part.
 
         What is told of a part is what `open_reader` opens, also when the object is being
-        received by several chunk lists at once. `whole` is what `sizes` said of them, if it
-        was asked just now.
+        received by several chunk lists at once.
         """
-        whole = self.sizes(digests) if whole is None else whole
-        found = {digest: Holding(size, None, b"") for digest, size in whole.items()}
+        found = {d: Holding(size, None, b"") for d, size in self.sizes(digests).items()}
         rest = [digest for digest in digests if digest not in found]
         if rest:
             for digest, part in self._receiver.bitmaps(rest).items():
                 found[digest] = Holding(*part)
         return found
+
+    def are_whole(self, digests: Sequence[bytes], sizes_bytes: Sequence[int]) -> bool:
+        """Tell whether all of some objects are here, whole, and of these sizes."""
+        found = self.sizes(digests)
+        return list(map(found.get, digests)) == list(sizes_bytes)
 
     def open_reader(self, digest: bytes) -> ObjectReader | None:
         """Open an object, whole or in progress; None if nothing of it is here.

@@ -104,11 +104,11 @@ class Answers:
 
     def _look_up(self, table: ObjectTable, start: int, stop: int, found: Holdings) -> None:
         digests = table.digests(start, stop)
-        whole = self._store.sizes(digests)
-        if self._access is None and list(map(whole.get, digests)) == list(table.sizes[start:stop]):
-            found.add_run(start, stop)  # all of them, as where a model was added
+        is_for_all = self._access is None or not self._access.is_guarded
+        if is_for_all and self._store.are_whole(digests, table.sizes[start:stop]):
+            found.add_run(start, stop)  # the usual case: a model was added, or fetched
             return
-        here = self._store.holdings(digests, whole)
+        here = self._store.holdings(digests)
         run = start  # where the run begins that is whole up to here
         for index, digest in enumerate(digests, start):
             held = here.get(digest)
