@@ -377,8 +377,8 @@ class Download:
 
     async def _tell_news(self) -> None:
         while True:
-            in_crowd = bool(self._roster.members)
-            await trio.sleep(TELL_CROWD_INTERVAL_S if in_crowd else TELL_INTERVAL_S)
+            await self._news.wait()
+            await trio.sleep(TELL_CROWD_INTERVAL_S if self._roster.members else TELL_INTERVAL_S)
             if not self._neighbours.somebody_listens():
                 self._news.skip()
             elif entries := self._news.take():

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import trio
+
 from tensorswarm.store.wanted import Wanted
 
 from .control import wire
@@ -33,10 +35,18 @@ class News:
         self._wanted = wanted
         self._changed: set[int] = set()
         self._finishing: set[int] = set()
+        self._came = trio.Event()
 
     def note(self, indices: Iterable[int]) -> None:
         """Note objects of which more is proved."""
         self._changed.update(indices)
+        self._came.set()
+
+    async def wait(self) -> None:
+        """Wait until there may be something new."""
+        if not self._changed and not self._finishing:
+            self._came = trio.Event()
+            await self._came.wait()
 
     def skip(self) -> None:
         """Forget what is new: nobody listens, and who asks later is told what there is then.

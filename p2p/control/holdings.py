@@ -75,6 +75,15 @@ class Holdings:
         self.parts[index] = proved
         return is_new
 
+    def covers(self, index: int, proved: bytes | None) -> bool:
+        """Tell whether it holds at least so much of an object (None: all)."""
+        if bitmap.is_set(self._whole, index):
+            return True
+        held = self.parts.get(index)
+        if held is None or proved is None:
+            return False
+        return not int.from_bytes(proved, "little") & ~int.from_bytes(held, "little")
+
     def discard(self, index: int) -> None:
         """Note that it holds nothing of an object."""
         self.parts.pop(index, None)

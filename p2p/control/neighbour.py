@@ -468,10 +468,10 @@ class Neighbour:
         self._outbox.add_news(entries)
 
     def tell_model(
-        self, model: bytes, count: int, told: Iterable[tuple[int, bytes | None]]
+        self, model: bytes, count: int, told: Iterable[tuple[int, bytes | None]], *, is_known: bool
     ) -> None:
-        """Tell news of objects of a model: index, and bitmap or None for the whole."""
-        self._outbox.add_model_news(model, count, told)
+        """Tell news of objects of a model: index, and bitmap or None; it may have all of it."""
+        self._outbox.add_model_news(model, count, told, is_known=is_known)
 
     def notify(self, notice: wire.Offer | wire.Pass) -> None:
         """Offer an upload, or pass on an offer, as soon as the stream takes it."""

@@ -372,7 +372,9 @@ class Neighbours:
                     if index in chosen and may_have(digest)
                 ]
                 if told:
-                    neighbour.tell_model(model, len(table), told)
+                    held = self._held[neighbour.peer_id].of_model(model)
+                    is_known = held is not None and all(held.covers(*each) for each in told)
+                    neighbour.tell_model(model, len(table), told, is_known=is_known)
 
     def take_told_whole(self) -> set[bytes]:
         """Return which objects were told to be whole since the last call, or most of them."""

@@ -193,7 +193,7 @@ def test_news_of_a_model_that_nobody_asked_about_is_a_violation(
         await end.get_peers(b"")
         ours = world.ours.get(PEER)
         assert ours is not None
-        ours.tell_model(manifest.digest, len(manifest.table), [(0, None)])
+        ours.tell_model(manifest.digest, len(manifest.table), [(0, None)], is_known=False)
         await ours.wait_told()
         if is_given_up:
             await end.get_peers(b"")  # behind the news: it is still there

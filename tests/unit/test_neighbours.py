@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from tensorswarm.p2p.control import wire, wire_limits
+from tensorswarm.p2p.control.holdings import Holdings
 from tensorswarm.p2p.control.neighbour import BLOB_REQUESTS_AHEAD
-from tensorswarm.p2p.control.outbox import MAX_NOTICES, Outbox
+from tensorswarm.p2p.control.outbox import KNOWN_NEWS_S, MAX_NOTICES, Outbox
 from tensorswarm.store.digest import digest_of
 from tensorswarm.store.errors import ProtocolError
 from tests.support.control_world import PEER, World, in_world
@@ -123,6 +125,48 @@ def test_news_of_an_object_replaces_older_news_of_it_and_notices_go_first() -> N
         await box.wait_sent()
 
     trio.run(main)
+
+
+def test_news_that_a_neighbour_hardly_needs_goes_along_with_other_news_or_soon_by_itself() -> None:
+    async def main() -> None:
+        box = Outbox()
+
+        async def took() -> list[int]:
+            messages = await box.take()
+            box.sent()
+            models = [each for each in messages if isinstance(each, wire.HaveModel)]
+            return [start for model in models for start, _ in model.runs()]
+
+        begun = trio.current_time()
+        box.add_model_news(MODEL, 9, [(2, None)], is_known=True)
+        box.add_model_news(MODEL, 9, [(5, None)])
+        assert await took() == [2, 5]
+        assert trio.current_time() == begun
+        async with trio.open_nursery() as nursery:  # also when it comes while `take` waits
+            nursery.start_soon(box_later, box)
+            assert await took() == [7]
+            assert trio.current_time() == pytest.approx(begun + 0.5 + KNOWN_NEWS_S)
+        box.add_model_news(MODEL, 9, [(3, None)], is_known=True)
+        with trio.move_on_after(0):
+            await box.wait_sent()  # the last news of a download waits for nothing
+        begun = trio.current_time()
+        assert await took() == [3]
+        assert trio.current_time() == begun
+        await box.wait_sent()
+
+    async def box_later(box: Outbox) -> None:
+        await trio.sleep(0.5)
+        box.add_model_news(MODEL, 9, [(7, None)], is_known=True)
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+def test_news_can_wait_for_a_neighbour_that_has_all_of_it() -> None:
+    held = Holdings(4, [0])
+    held.add(1, b"\x05")
+    assert held.covers(0, None) and held.covers(0, b"\xff")
+    assert held.covers(1, b"\x04") and not held.covers(1, b"\x06") and not held.covers(1, None)
+    assert not held.covers(2, b"\x01")
 
 
 # ---- many questions at once
