@@ -12,6 +12,8 @@ Rules
   back at one node, and at another one if that does not confirm it.
 - A node gets no more than it takes (`announce_schedule.Appetites`). Stock py-libp2p
   takes ten, then resets the stream; so each node gets the keys in another order.
+- A few keys go over a stream that a look-up left open, if there is one: opening one costs more
+  than telling them.
 - A node that cannot be reached, is too slow or breaks the protocol costs its own part.
 
 Not here: which nodes keep a key, and when a key is due (`publish`).
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 
 import trio
@@ -43,12 +46,17 @@ from .rpc import (
     get_providers,
     id_text,
 )
+from .streams import DhtStreams
 
 log = logging.getLogger(__name__)
 
 KEYS_PER_BATCH = 500
 """Keys announced before answers are read: at most 150 KB, which the receiver's window of
 256 KiB takes whole, so that nobody waits for the other while both write."""
+
+FEW_KEYS = 4
+"""Keys that may be told over a stream on which others were told before: stock py-libp2p takes
+ten on each."""
 
 PARALLEL_NODES = 8
 """Nodes that announcements are sent to at once."""
@@ -163,6 +171,8 @@ class Teller:
     ----------
     host : Host
         Ours.
+    streams : DhtStreams
+        Those that look-ups left open.
     clock : callable
         Gives the time in seconds since 1970.
 
@@ -172,8 +182,9 @@ class Teller:
         What announcing has cost and come to; those of its rounds are counted here.
     """
 
-    def __init__(self, host: Host, clock: Callable[[], float]) -> None:
+    def __init__(self, host: Host, streams: DhtStreams, clock: Callable[[], float]) -> None:
         self._host = host
+        self._streams = streams
         self._clock = clock
         self._appetites = Appetites()
         self._limiter = trio.CapacityLimiter(PARALLEL_NODES)
@@ -221,7 +232,7 @@ class Teller:
         receipt = Receipt()
         async with self._limiter:
             try:
-                async with dht_stream(self._host, node, OPEN_TIMEOUT_S) as stream:
+                async with self._stream_to(node, len(keys)) as stream:
                     self.counters.streams += 1
                     for batch, questions in batches:
                         receipt = Receipt(is_reached=True)
@@ -236,6 +247,11 @@ class Teller:
             self._note_failure(this, node, [key for batch, _ in batches for key in batch], receipt)
         if keys:
             self._appetites.took(now, node, len(keys), receipt.echoes, not batches)
+
+    def _stream_to(self, node: str, count: int) -> AbstractAsyncContextManager[DhtStream]:
+        if count > FEW_KEYS:
+            return dht_stream(self._host, node, OPEN_TIMEOUT_S)
+        return self._streams.lend(node, OPEN_TIMEOUT_S)
 
     def _note_failure(
         self, this: Round, node: str, keys: Sequence[bytes], receipt: Receipt

@@ -131,7 +131,7 @@ class Publisher:
         self._turn = trio.Lock()
         self._wake = trio.Event()
         self._newcomers: dict[str, None] = {}
-        self._teller = Teller(host, clock)
+        self._teller = Teller(host, walker.streams, clock)
         self.counters = self._teller.counters
         self.on_round: Callable[[], None] = lambda: None
         if file is not None:

@@ -11,6 +11,7 @@ Rules
   node, `MAX_IDLE` in all; those not used for longest are closed.
 - A kept stream may have been closed by the node meanwhile: then a new one is opened.
 - Who gives up waiting leaves the answer to come: the stream is kept when it has.
+- A stream that is lent (`lend`) carries what its borrower likes, and is kept after it.
 - At most `MAX_PARALLEL` questions are open at once. The time for a question runs from its
   turn: a machine that is slow must not take its own slowness for the nodes'.
 """
@@ -18,6 +19,8 @@ Rules
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import trio
 from libp2p.kad_dht.pb.kademlia_pb2 import Message
@@ -94,6 +97,28 @@ class DhtStreams:
         if isinstance(answer, RemoteError):
             raise answer
         return answer
+
+    @asynccontextmanager
+    async def lend(self, node: str, timeout_s: float) -> AsyncIterator[DhtStream]:
+        """Lend a stream for the length of the block: one that is kept, or a new one.
+
+        Raises
+        ------
+        RemoteError
+            The node cannot be reached in that time.
+        """
+        while (kept := self._take(node)) is not None and kept[0].is_over:
+            kept[0].abort()
+        if kept is None:
+            stream = await self._host.open_stream(node, KAD_PROTOCOL, timeout_s)
+            self.opened += 1
+            kept = stream, DhtStream(stream)
+        try:
+            yield kept[1]
+        except BaseException:
+            kept[0].abort()
+            raise
+        self._keep(node, *kept)
 
     async def _exchange(self, node: str, question: Question, timeout_s: float) -> Message:
         while (kept := self._take(node)) is not None:

@@ -159,6 +159,13 @@ class Stream:
         """libp2p's connection, for its handlers that ask for it."""
         return self._net.muxed_conn
 
+    @property
+    def is_over(self) -> bool:
+        """Whether either side has ended it, as far as that is known without asking."""
+        muxed = self._net.muxed_stream
+        has_peer_ended = any(getattr(muxed, name, False) for name in ("recv_closed", "closed"))
+        return self._closed or self._ended or has_peer_ended or self._is_lost()
+
     async def receive_some(self) -> bytes:
         """Return bytes as soon as there are any, at most `READ_SIZE`.
 

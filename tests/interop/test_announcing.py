@@ -57,6 +57,24 @@ def test_nodes_that_come_during_a_round_cause_no_second_one() -> None:
     run(main)
 
 
+def test_a_few_keys_go_over_a_stream_that_is_open_and_over_a_new_one_if_it_has_ended() -> None:
+    async def main() -> None:
+        async with network(2) as net:
+            _, announcer = net.nodes[1]
+            streams = announcer._walker.streams
+            first, second, third = digests(3)
+            assert (await announcer.announce([first])).confirmed == {first}
+            opened = streams.opened
+            assert (await announcer.announce([second])).confirmed == {second}
+            assert streams.opened == opened
+            for stream in list(streams._idle):
+                await stream.aclose()
+            assert (await announcer.announce([third])).confirmed == {third}
+            assert streams.opened == opened + 1
+
+    run(main)
+
+
 def test_confirmed_keys_are_announced_again() -> None:
     async def main() -> None:
         clock = [1e9]
