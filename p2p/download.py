@@ -293,7 +293,7 @@ class Download:
         self._moved_at = now
         self._planner.small_proved(now, source, batch.proved)
         self._roster.proved()  # one answer, however many there are in it
-        for index in batch.proved:
+        for index in batch.proved if self._offers_uploads else ():
             self._offer(index, 0)
         self._news.note(batch.proved)
         self._sources.gave(source)

@@ -55,12 +55,12 @@ from .manifest_rows import (
     RecipeSpec,
 )
 from .manifest_rules import (
+    blocks_of,
     check_objects,
     check_parts,
     check_recipes,
     check_tensors,
     in_file_order,
-    rows_of,
 )
 from .names import check_paths, quoted
 from .object_table import EncodedRows, ObjectRef, ObjectTable
@@ -116,9 +116,9 @@ class Manifest:
         is_in_order = True
         for entry in self.files:
             try:
-                tensors = rows_of(entry.tensors)
                 check_parts(entry, sizes, used)
-                check_tensors(tensors, sizes, used, len(self.objects))
+                blocks = blocks_of(entry.tensors)
+                tensors = check_tensors(blocks, sizes, used, len(self.objects))
                 is_in_order = is_in_order and in_file_order(entry.parts, tensors, sizes)
             except BadInput as error:
                 raise BadInput(f"file {quoted(entry.path)}: {error}") from error
@@ -415,10 +415,18 @@ def _check_paths(files: Sequence[FileEntry]) -> None:
             raise BadInput(f"file {quoted(files[i].path)} is not in the order of paths")
 
 
-def _packed(packer: msgpack.Packer, rows: Iterable[object]) -> Iterator[bytes]:
+def _packed(packer: msgpack.Packer, rows: Sequence[object]) -> Iterator[bytes]:
     """Yield the encodings of many rows, some at a time."""
+    parts: Iterable[Iterable[object]]
+    starts = range(0, len(rows), BLOCK_ROWS)
     if isinstance(rows, EncodedRows):  # they were judged when the manifest was validated
-        rows = rows.unpacked()
-    rest = map(packer.pack, rows)
-    while part := b"".join(islice(rest, BLOCK_ROWS)):
-        yield part
+        unpacked = rows.unpacked()
+        parts = (islice(unpacked, BLOCK_ROWS) for _ in starts)
+    elif isinstance(rows, ObjectTable):
+        parts = (rows.rows(start, min(start + BLOCK_ROWS, len(rows))) for start in starts)
+    else:
+        parts = (rows[start : start + BLOCK_ROWS] for start in starts)
+    for part in parts:
+        # As an array, without its head: one call for many.
+        packed = list(part)
+        yield packer.pack(packed)[len(packer.pack_array_header(len(packed))) :]

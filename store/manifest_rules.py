@@ -7,10 +7,11 @@ uses, by index: objects first, then recipes. `sizes` are the sizes by the same i
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from itertools import chain
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 from operator import lt
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .digest import CHUNK_SIZE, DIGEST_SIZE, EMPTY_DIGEST, MAX_OBJECT_SIZE
 from .dtypes import tensor_size_bytes
@@ -26,24 +27,36 @@ FORMAT_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,31}", re.ASCII)
 """Format names are only passed on, so that a node can carry formats it cannot parse."""
 
 
-def rows_of(tensors: Sequence[NamedTensor]) -> Sequence[tuple[str, str, Sequence[int], int]]:
-    """Return the tensors of a file as rows of name, dtype, shape and object index.
+Row = tuple[str, str, Sequence[int], int]
+"""A tensor of a file: name, dtype, shape and object index."""
 
-    Those that are encoded are checked all at once: many tensors are the usual case, and what
+BLOCK_TENSORS = 1024
+"""Tensors looked at together. All at once would be hundreds of thousands of tuples, which the
+collector of cycles then goes through, and everything else in the program with them."""
+
+
+def blocks_of(tensors: Sequence[NamedTensor]) -> Iterator[Sequence[Row]]:
+    """Yield the tensors of a file as rows, some at a time.
+
+    Those that are encoded are checked together: many tensors are the usual case, and what
     is wrong with one is told by whoever makes it, which takes four times as long.
     """
     if not isinstance(tensors, EncodedRows):
-        return tensors
-    rows = list(tensors.unpacked())
-    if not rows:
-        return rows
-    if {*map(type, rows)} == {tuple} and {*map(len, rows)} == {4}:
-        kinds = [{*map(type, column)} for column in zip(*rows, strict=True)]
-        if kinds == [{str}, {str}, {tuple}, {int}]:
-            lengths = chain.from_iterable([row[2] for row in rows])
-            if {*map(type, lengths)} <= {int}:
-                return rows
-    return tuple(tensors)  # raises what is wrong
+        yield tensors
+        return
+    unpacked = tensors.unpacked()
+    while rows := list(islice(unpacked, BLOCK_TENSORS)):
+        yield rows if _are_typed(rows) else list(map(tensors.make, rows))
+
+
+def _are_typed(rows: Sequence[Any]) -> bool:
+    """Tell whether rows have the types of a tensor, all of them."""
+    if {*map(type, rows)} != {tuple} or {*map(len, rows)} != {4}:
+        return False
+    names, dtypes, shapes, indices = ({*map(type, column)} for column in zip(*rows, strict=True))
+    if not (names == dtypes == {str} and shapes == {tuple} and indices == {int}):
+        return False
+    return {*map(type, chain.from_iterable([row[2] for row in rows]))} <= {int}
 
 
 def check_recipes(recipes: Sequence[Recipe], objects: Sequence[ObjectRef]) -> None:
@@ -120,15 +133,22 @@ def check_parts(entry: FileEntry, sizes: Sequence[int], used: bytearray) -> None
 
 
 def check_tensors(
-    tensors: Sequence[tuple[str, str, Sequence[int], int]],
+    blocks: Iterable[Sequence[Row]],
     sizes: Sequence[int],
     used: bytearray,
     first_recipe: int,
-) -> None:
-    """Check the tensors of a file, and note the recipes and empty objects they use."""
+) -> array[int]:
+    """Check the tensors of a file, and note the recipes and empty objects they use.
+
+    Returns
+    -------
+    array of int
+        Their objects, in order.
+    """
+    objects = array("q")
     names: set[str] = set()
     known: dict[tuple[object, ...], int] = {}  # most tensors are of a few shapes
-    for name, dtype, shape, index in tensors:
+    for name, dtype, shape, index in chain.from_iterable(blocks):
         check_tensor_name(name)
         if name in names:
             raise BadInput(f"tensor {quoted(name)} is there twice")
@@ -147,17 +167,15 @@ def check_tensors(
         # A tensor's own object has to be in a file; what is empty cannot be.
         if not sizes[index] or index >= first_recipe:
             used[index] = 1
+        objects.append(index)
+    return objects
 
 
-def in_file_order(
-    parts: Sequence[int],
-    tensors: Sequence[tuple[str, str, Sequence[int], int]],
-    sizes: Sequence[int],
-) -> bool:
-    """Tell whether each tensor is a part of its file, none before the one ahead of it."""
+def in_file_order(parts: Sequence[int], tensors: Sequence[int], sizes: Sequence[int]) -> bool:
+    """Tell whether each tensor, by its object, is a part of its file, none before the last."""
     position = 0
     count = len(parts)
-    for _, _, _, object_index in tensors:
+    for object_index in tensors:
         if not sizes[object_index]:
             continue
         # One walk along the parts finds them all; a tied tensor stays where it stands.

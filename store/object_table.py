@@ -13,6 +13,7 @@ import sys
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import repeat
 from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 import msgpack
@@ -121,16 +122,22 @@ class ObjectTable(_CompactRows[ObjectRef]):
         return ObjectRef(self.digest(index), size_bytes, self.chunk_list(index))
 
     def _rows(self, start: int, stop: int) -> Iterator[ObjectRef]:
+        return map(ObjectRef._make, self.rows(start, stop))
+
+    def rows(self, start: int, stop: int) -> Iterator[tuple[bytes, int, bytes]]:
+        """Return a run of objects as plain tuples, for whoever only packs them."""
         lists = bytes(self._lists[start * DIGEST_SIZE : stop * DIGEST_SIZE])
         cuts = range(0, len(lists), DIGEST_SIZE)
-        return map(
-            ObjectRef,
+        return zip(
             self.digests(start, stop),
             self.sizes[start:stop],
             [
                 lists[cut : cut + DIGEST_SIZE] if has_list else b""
                 for cut, has_list in zip(cuts, self._has_list[start:stop], strict=True)
-            ],
+            ]
+            if any(self._has_list[start:stop])
+            else repeat(b"", stop - start),
+            strict=True,
         )
 
     def __iter__(self) -> Iterator[ObjectRef]:
@@ -183,7 +190,7 @@ class EncodedRows(_CompactRows[_T]):
         Makes a row of what was unpacked, or raises what is wrong with it.
     """
 
-    __slots__ = ("_count", "_data", "_make", "_start", "_stop", "_unpacker")
+    __slots__ = ("_count", "_data", "_start", "_stop", "_unpacker", "make")
 
     def __init__(
         self,
@@ -199,13 +206,13 @@ class EncodedRows(_CompactRows[_T]):
         self._stop = stop
         self._count = count
         self._unpacker = unpacker
-        self._make = make
+        self.make = make
 
     def __len__(self) -> int:
         return self._count
 
     def __iter__(self) -> Iterator[_T]:
-        return map(self._make, self.unpacked())
+        return map(self.make, self.unpacked())
 
     def unpacked(self) -> Iterator[Any]:
         """Yield the rows as msgpack gives them, before anything is made of them."""

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from .digest import digest_of
+from .errors import NoRoom
 from .objects import WholeObjects, many
 from .place import disk_errors, remove_file, session_of, sync_directory, sync_file
 from .records import PackSpot
@@ -102,10 +103,7 @@ def recover_packs(objects: WholeObjects) -> None:
 
 def _check(objects: WholeObjects, pack: _Pack) -> None:
     """Hash again what may be torn of a pack, or cut off."""
-    try:
-        there_bytes = os.stat(objects.packs.path(pack.name)).st_size
-    except FileNotFoundError:
-        there_bytes = 0
+    there_bytes = _size_bytes(objects, pack)
     good_bytes = pack.size_bytes if pack.boot == objects.boot else pack.durable_bytes
     good_bytes = min(good_bytes, there_bytes)
     if good_bytes == pack.size_bytes:
@@ -137,31 +135,44 @@ def _check(objects: WholeObjects, pack: _Pack) -> None:
 def tidy(objects: WholeObjects) -> None:
     """Give back the room of packs of which nothing is left, or less than half.
 
+    On a full disk those of which something is left stay as they are, until the next time.
+
     Raises
     ------
-    NoRoom, LocalError
-        The disk does not take it.
+    LocalError
+        The disk does not do it.
     """
     living = objects.place.living_sessions()
     used: dict[int, int] = dict(
         objects.index.query("SELECT pack, SUM(size) FROM objects WHERE place=3 GROUP BY pack")
     )
-    for pack in _all(objects):
-        if pack.is_open and session_of(pack.name) in living:
-            continue
-        # From here on its rows can only become fewer.
-        with disk_errors("cannot tidy the store"):
-            used_bytes = used.get(pack.pack_id, 0)
-            try:
-                size_bytes = os.stat(objects.packs.path(pack.name)).st_size
-            except FileNotFoundError:
-                size_bytes = 0  # whoever reads what lay there notices
-            if 2 * used_bytes >= size_bytes and used_bytes:
-                continue
-            if used_bytes and not _move_all(objects, pack):
-                continue
-            objects.index.write(many("DELETE FROM packs WHERE id=?", [(pack.pack_id,)]))
-            remove_file(objects.packs.path(pack.name))
+    # Of a pack that nobody appends to any more the rows can only become fewer.
+    packs = [p for p in _all(objects) if not (p.is_open and session_of(p.name) in living)]
+    with disk_errors("cannot tidy the store"):
+        for pack in packs:
+            if pack.pack_id not in used:
+                _remove(objects, pack)
+        try:
+            for pack in packs:
+                used_bytes = used.get(pack.pack_id, 0)
+                is_mostly_dead = 2 * used_bytes < _size_bytes(objects, pack)
+                if used_bytes and is_mostly_dead and _move_all(objects, pack):
+                    _remove(objects, pack)
+        except NoRoom:
+            return
+
+
+def _remove(objects: WholeObjects, pack: _Pack) -> None:
+    objects.index.write(many("DELETE FROM packs WHERE id=?", [(pack.pack_id,)]))
+    remove_file(objects.packs.path(pack.name))
+
+
+def _size_bytes(objects: WholeObjects, pack: _Pack) -> int:
+    """Return a pack's size; 0 if it is gone, which is for those to notice who read it."""
+    try:
+        return objects.packs.path(pack.name).stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _move_all(objects: WholeObjects, pack: _Pack) -> bool:

@@ -399,6 +399,11 @@ class Wanted:
         states = self._states
         outcomes = []
         with self._changed:
+            are_ready = {*map(states.__getitem__, indices)} == {_READY}
+            if are_ready and all(are_right) and len(set(indices)) == len(indices):
+                for index in indices:
+                    states[index] = _KEEPING
+                return [Kept.NEW] * len(indices)
             for index, is_right in zip(indices, are_right, strict=True):
                 if not is_right:
                     outcomes.append(Kept.WRONG)

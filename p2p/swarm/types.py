@@ -34,7 +34,7 @@ class PlannerLimits:
 
     max_request_chunks: int = 16
     """Chunks' worth of bytes in one request: from 4 MiB on, a bigger one is not faster."""
-    max_request_spans: int = 256
+    max_request_spans: int = 1024
     """Spans in one request, for models of many small tensors: bounds its encoding."""
     max_requests_per_source: int = 4
     """Requests open at one source: 64 MiB of work, more only delays a change of mind."""

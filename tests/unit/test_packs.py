@@ -429,6 +429,32 @@ def test_a_pack_is_left_alone_while_more_than_half_of_it_lives(store_dir: Path) 
         assert_sound(store)
 
 
+def test_a_full_disk_does_not_keep_room_from_being_given_back(
+    store_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = small_objects(100, 1), small_objects(100, 50)
+    for objects in (first, second):
+        with Store(store_dir) as store:
+            keep(store, objects)
+            for each in second[:40] if objects is second else ():
+                upkeep.pin(store, digest_of(each))
+
+    def full(parts: Sequence[bytes]) -> packs_module.Written:
+        raise NoRoom("no room on disk")
+
+    with Store(store_dir) as store:
+        with monkeypatch.context() as patched:
+            patched.setattr(store.packs, "append", full)
+            upkeep.collect(store)
+        assert len(packs_of(store)) == 1, "of the first nothing is left"
+        assert set(store.all_digests()) == set(map(digest_of, second[:40]))
+        assert_sound(store)
+        upkeep.collect(store)
+        (pack,) = packs_of(store)
+        assert pack.stat().st_size == sum(map(len, second[:40]))
+        assert_sound(store)
+
+
 def test_what_is_moved_while_it_is_read_is_found_again(
     store_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
