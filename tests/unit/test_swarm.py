@@ -54,10 +54,10 @@ def test_a_fast_source_gets_long_runs_in_few_requests() -> None:
 
 
 def test_small_objects_share_a_request_up_to_its_limit_of_spans() -> None:
-    driver = Driver(sizes=[100] * 1000)
+    driver = Driver(sizes=[100] * 3000)
     driver.join("a")
     first, second = driver.act()
-    assert len(first.spans) == len(second.spans) == 256
+    assert len(first.spans) == len(second.spans) == 1024
     assert {span.count for span in first.spans} == {1}
     assert not set(first.spans) & set(second.spans)
 
