@@ -85,6 +85,7 @@ class ChunkMap:
         self.everything = [FULL_BLOCK] * self.block_count
         self._planes: list[list[int]] = [[] for _ in range(self.block_count)]
         self.counted_blocks = 0
+        self.bared: dict[int, int] = {}
         self.free_bytes = self.missing_bytes
         for object_index, bitmap in proved.items():
             self._mark_proved(object_index, bitmap)
@@ -426,6 +427,10 @@ class ChunkMap:
 
     def add_holder(self, block: int, mask: int) -> None:
         """Count one more source for a set of chunks."""
+        if self.bared and block in self.bared:
+            self.bared[block] &= ~mask
+            if not self.bared[block]:
+                del self.bared[block]
         planes = self._planes[block]
         self.counted_blocks += not planes
         for i, plane in enumerate(planes):
@@ -436,8 +441,11 @@ class ChunkMap:
         planes.append(mask)
 
     def remove_holder(self, block: int, mask: int) -> None:
-        """Count one source less for a set of chunks it was counted for."""
-        planes = self._planes[block]
+        """Count one source less for a set of chunks it was counted for.
+
+        Those that nobody else is counted for are noted in `bared`, until somebody is.
+        """
+        planes, bare = self._planes[block], mask & ~self.proved[block]
         for i, plane in enumerate(planes):
             planes[i] = plane ^ mask
             mask &= ~plane
@@ -446,6 +454,10 @@ class ChunkMap:
         while planes and not planes[-1]:
             planes.pop()
         self.counted_blocks -= not planes
+        for plane in planes:
+            bare &= ~plane
+        if bare:
+            self.bared[block] = self.bared.get(block, 0) | bare
 
     def rarest(self, block: int, candidates: int, *, is_exact: bool = False) -> tuple[int, int]:
         """Return the smallest count among candidates, and those that have it.

@@ -145,6 +145,10 @@ class Crowd:
 
     def holder_gone(self) -> None:
         """Note that somebody who held something has gone."""
+        self._duty.holder_gone()
+
+    def look_again(self) -> None:
+        """Note that there is more that can be asked for."""
         self._duty.look_again()
 
     def set_free(self, block: int) -> None:

@@ -25,7 +25,9 @@ All members of a download that can reach the same origin take each of its bytes 
    has come or was heard of: the first chunk is there the sooner.
 
 No I/O, no clock. The order and the owners cost the same for a thousand chunks as for a
-million, apart from one pass over the blocks when the members on duty change, or one goes.
+million, apart from one pass over the blocks when the members on duty change, or somebody is
+not believed any more. Of a holder that goes only those blocks are looked at again that then
+have chunks which nobody else holds.
 """
 
 from __future__ import annotations
@@ -108,6 +110,8 @@ class OriginDuty:
         self._me = 0
         self._front = 0
         self._backs = [chunks.block_count] * (limits.duty_members + 1)
+        # Blocks passed already, of which something is left once more: for each turn.
+        self._again: list[dict[int, None]] = [{} for _ in self._backs]
         self._turns: dict[int, list[dict[int, int]]] = {}
         self._doubtful: frozenset[str] = frozenset()
         self._is_all_announced = False  # by one: who holds all is in no count of holders
@@ -151,29 +155,68 @@ class OriginDuty:
         self._sort_out(now)
         if self._is_all_announced:
             return draft
-        self._counted_origins = sum(
-            state.kind is SourceKind.ORIGIN and not state.holds_all
-            for state in self._sources.values()
-        )
+        self._count_origins()
+        self._note_bared()
+        again = self._again[0]
+        while again:
+            block = next(iter(again))
+            if not self._fill(origin, block, draft):
+                return draft
+            del again[block]
         while self._front < self._chunks.block_count:
             if not self._fill(origin, self._front, draft):
                 return draft
             self._front += 1
         for turn in range(1, len(self._on_duty)):
+            again = self._again[turn]
+            while not draft.positions and again:
+                block = next(reversed(again))
+                self._relieve(origin, block, turn, draft)
+                if not draft.positions:
+                    del again[block]
             while not draft.positions and self._backs[turn] > 0:
                 self._relieve(origin, self._backs[turn] - 1, turn, draft)
                 self._backs[turn] -= not draft.positions
         return draft
 
     def look_again(self) -> None:
-        """Go through everything once more: who held something has gone."""
+        """Go through everything once more."""
         self._front = 0
         self._backs = [self._chunks.block_count] * (self._limits.duty_members + 1)
+        for again in self._again:
+            again.clear()
+        self._chunks.bared.clear()
 
     def look_again_at(self, block: int) -> None:
-        """Look at a block once more: chunks of it have become free."""
-        self._front = min(self._front, block)
-        self._backs = [max(back, block + 1) for back in self._backs]
+        """Look at a block once more: chunks of it have become free, or are held by nobody."""
+        self.steps += 1
+        if block < self._front:
+            self._again[0][block] = None
+        for turn, back in enumerate(self._backs):
+            if turn and block >= back:
+                self._again[turn][block] = None
+
+    def holder_gone(self) -> None:
+        """Note that somebody who held something has gone.
+
+        Only what nobody is counted for now need be looked at again, if all that are counted
+        are peers who are believed.
+        """
+        self._count_origins()
+        if not self.is_shared or self._doubtful or self._counted_origins:
+            self.look_again()
+
+    def _note_bared(self) -> None:
+        bared = self._chunks.bared
+        for block in bared:
+            self.look_again_at(block)
+        bared.clear()
+
+    def _count_origins(self) -> None:
+        self._counted_origins = sum(
+            state.kind is SourceKind.ORIGIN and not state.holds_all
+            for state in self._sources.values()
+        )
 
     def _sort_out(self, now: float) -> None:
         """Find out who is not believed: its word alone keeps us from no chunk."""
@@ -186,9 +229,9 @@ class OriginDuty:
             and not state.record.proved_bytes
             and (self.was_lied_to or state.joined_at <= believed_since)
         )
-        if doubtful != self._doubtful:
-            self._doubtful = doubtful
+        if doubtful - self._doubtful:
             self.look_again()
+        self._doubtful = doubtful
         self._is_all_announced = any(
             state.holds_all and state.kind is SourceKind.PEER and name not in doubtful
             for name, state in self._sources.items()

@@ -279,7 +279,7 @@ class Planner(PlannerView):
 
     def make_ready(self, now: float, object_indices: Iterable[int]) -> None:
         """Note objects that can be asked for from now on."""
-        self._crowd.holder_gone()
+        self._crowd.look_again()
         self._offer(self._chunks.make_ready(object_indices))
 
     # events: answers

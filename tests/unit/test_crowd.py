@@ -111,6 +111,20 @@ def test_what_a_neighbour_has_is_not_asked_of_the_origin() -> None:
     assert asks == [(1, 0)]
 
 
+def test_what_only_a_goer_had_is_asked_of_the_origin_and_nothing_else() -> None:
+    asks = []
+    for name in RANKED[: PlannerLimits().duty_members]:
+        planner = member(name, chunks=8)
+        for peer, held in (("goer", b"\xff"), ("other", b"\x0f")):
+            planner.add_source(0.0, peer, SourceKind.PEER, makes_offers=True)
+            planner.source_holds(0.0, peer, 0, held)
+        assert not asked(planner, 0.0)  # every chunk was looked at, and is held by a peer
+        planner.remove_source(0.1, "goer")
+        asks += [chunk for _, chunk in asked(planner, 0.1)]
+    assert asks
+    assert min(asks) >= 4
+
+
 def test_an_offer_is_taken_up_answered_with_something_else_or_passed() -> None:
     planner = member(RANKED[-1], chunks=8)
     planner.add_source(0.0, "peer", SourceKind.PEER, makes_offers=True)

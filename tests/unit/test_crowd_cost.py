@@ -9,7 +9,7 @@ import pytest
 
 from tensorswarm.p2p.swarm import origin_duty
 from tensorswarm.p2p.swarm.chunk_map import BLOCK_CHUNKS
-from tensorswarm.p2p.swarm.planner import Ask, Planner, SourceKind
+from tensorswarm.p2p.swarm.planner import Ask, Planner, PlannerLimits, SourceKind
 from tensorswarm.p2p.swarm.source import Request
 from tensorswarm.store.digest import CHUNK_SIZE
 from tests.support.swarm_driver import chunks_of
@@ -20,6 +20,9 @@ PEERS = MEMBERS[1:5]
 
 TENSOR_CHUNKS = 1024
 """Chunks of an object, 1 GiB; the last one has what is left."""
+
+ALWAYS_SHARED = PlannerLimits(duty_gain=float("inf"))
+"""However fast the origin is beside the peers: else it is asked freely, which is cheaper."""
 
 
 def steps_per_chunk(chunk_count: int, *, chunks_per_change: int = 0) -> float:
@@ -32,7 +35,8 @@ def steps_per_chunk(chunk_count: int, *, chunks_per_change: int = 0) -> float:
     counts = [
         min(TENSOR_CHUNKS, chunk_count - first) for first in range(0, chunk_count, TENSOR_CHUNKS)
     ]
-    planner = Planner([count * CHUNK_SIZE for count in counts], rng=rng)
+    sizes = [count * CHUNK_SIZE for count in counts]
+    planner = Planner(sizes, rng=rng, limits=ALWAYS_SHARED)
     planner.set_members(0.0, b"key", MEMBERS[0], MEMBERS[1:])
     planner.add_source(0.0, "origin", SourceKind.ORIGIN)
     planner.source_holds_all(0.0, "origin")
@@ -88,3 +92,9 @@ def test_the_cost_of_a_chunk_in_a_crowd_does_not_grow_with_their_number(
     assert large <= 1.5 * small
     # What is looked at once more when somebody goes need not be worked out anew.
     assert origin_duty.MAX_RANKED_BLOCKS * BLOCK_CHUNKS >= 1_000_000
+
+
+def test_who_goes_and_comes_back_costs_no_look_at_every_block() -> None:
+    rare = steps_per_chunk(20_000, chunks_per_change=1_000)
+    often = steps_per_chunk(20_000, chunks_per_change=20)
+    assert often <= 1.5 * rare
