@@ -9,6 +9,7 @@ program and its imports are not counted. None of them waits for the disk's cache
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import sys
@@ -20,10 +21,13 @@ from .processes import memory_bytes, own_cpu_seconds
 
 
 def tensorswarm_fetch(target: str, model: str, address: str, bulk: str) -> dict[str, float]:
-    """Fetch with this project, into an empty store."""
+    """Fetch with this project, into an empty store, as `tensorswarm fetch` does it."""
     import trio
 
+    from tensorswarm.cli.main import GC_THRESHOLDS
     from tensorswarm.p2p.node import Node
+
+    gc.set_threshold(*GC_THRESHOLDS)
 
     async def main() -> dict[str, float]:
         options = {"server": False, "seed": 1, "bulk": bulk}

@@ -287,8 +287,9 @@ class Fetch:
         origins: Sequence[OriginSpec],
     ) -> None:
         """Bring objects into the store, and account for them in `result`."""
-        indices = [index for index in indices if table.sizes[index]]
-        sizes = [table.sizes[index] for index in indices]
+        sizes = array("q", map(table.sizes.__getitem__, indices))
+        if 0 in sizes:
+            indices = [index for index in indices if table.sizes[index]]
         result.bytes_total += sum(sizes)
         result.bytes_total += sum([_list_bytes(size) for size in sizes if size > CHUNK_SIZE])
         missing = await trio.to_thread.run_sync(self._missing, table, indices)
@@ -507,9 +508,10 @@ class Fetch:
 
 def _choice(manifest: Manifest, options: FetchOptions) -> tuple[array[int], dict[bytes, int]]:
     """Return which objects are wanted, in order, and how urgent they are by digest."""
-    chosen = select(manifest, options.include)
+    everything = range(len(manifest.objects))
+    chosen = sorted(select(manifest, options.include)) if options.include else everything
     return (
-        array("q", sorted(chosen)),
+        array("q", chosen),
         urgency(manifest, chosen, options.first, in_order=options.in_order),
     )
 

@@ -35,6 +35,7 @@ COARSE_CLOCK_TICK_S = 2.0
 
 
 _SMALL_ROWS = MAX_SQL_VARIABLES // 4
+_PACKED_ROWS = 128  # of three variables each: what comes in one answer takes two statements
 
 
 class ObjectPlace(IntEnum):
@@ -236,8 +237,8 @@ def insert_packed(
     """
     ends = accumulate([size_bytes for _, size_bytes in objects], initial=start)
     rows = [(*each, offset) for each, offset in zip(objects, ends, strict=False)]
-    for first in range(0, len(rows), _SMALL_ROWS):
-        part = rows[first : first + _SMALL_ROWS]
+    for first in range(0, len(rows), _PACKED_ROWS):
+        part = rows[first : first + _PACKED_ROWS]
         db.execute(
             "INSERT INTO objects(pack, added_by, digest, size, file_offset, place, chunk_list, "
             "head) VALUES "

@@ -77,7 +77,7 @@ class ChunkMap:
         if len(sizes_bytes) and not 0 <= min(sizes_bytes) <= max(sizes_bytes) <= MAX_OBJECT_SIZE:
             raise BadInput("an object's size is negative or too large")
         self._sizes = array("q", sizes_bytes)
-        self.missing_chunks = sum(map(chunk_count, self._sizes))
+        self.missing_chunks = sum([-(-size // CHUNK_SIZE) for size in self._sizes])
         self.missing_bytes = sum(self._sizes)
         if self.missing_chunks > max_chunks:
             raise BadInput(f"{self.missing_chunks} chunks are more than {max_chunks}")
