@@ -52,7 +52,7 @@ from .desk import MAX_QUEUED_REQUESTS, Desk, Job, TooManyRequests
 from .dial import RACE_TIMEOUT_S, Race
 from .http1 import RangeRequest
 from .http1_small import SmallRequest
-from .ranges import Range, Together, asks_of
+from .ranges import MAX_RANGE_CHUNKS, Range, Together, asks_of
 from .tls import BulkIdentity
 from .wire_plan import MAX_CONNECTIONS, Pace, connections_for
 
@@ -293,7 +293,12 @@ class _Worker:
         if self._wire:
             self._receive(self._connection)
 
+    def _range_chunks(self) -> int:
+        """Return how many chunks to ask for in one: no more than what is asked for ahead."""
+        return min(MAX_RANGE_CHUNKS, self._pace.bytes_ahead() // CHUNK_SIZE)
+
     def _begin(self, job: Job) -> None:
+        job.ranges = asks_of(job.request, self._desk.sink, self._range_chunks)
         self._sending = job
         self._open_jobs.append(job)
 
@@ -449,7 +454,7 @@ class _Worker:
             return
         self._sending = None
         for job in self._open_jobs:
-            job.ranges = asks_of(job.request, self._desk.sink)
+            job.ranges = asks_of(job.request, self._desk.sink, self._range_chunks)
             job.on_wire = 0
             job.all_sent = False
         self._again = deque(self._open_jobs)

@@ -8,7 +8,7 @@ what is still missing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import compress
 from typing import NamedTuple
 
@@ -49,16 +49,23 @@ class Together(NamedTuple):
         return 1 + len(self.object_indices) // 5
 
 
-def ranges_of(request: Request, sink: Sink) -> Iterator[Range]:
-    """Yield what a request still asks for, as of the moment it is looked at."""
+def _most_chunks() -> int:
+    return MAX_RANGE_CHUNKS
+
+
+def ranges_of(
+    request: Request, sink: Sink, most: Callable[[], int] = _most_chunks
+) -> Iterator[Range]:
+    """Yield what a request still asks for, as of the moment it is looked at.
+
+    `most` tells how many chunks a range may have at that moment.
+    """
     for index, first, count in request.spans:
         digest, size = sink.wanted(index)
         chunk, end = first, first + count
         while chunk < end:
-            run = 0
-            while (
-                chunk + run < end and run < MAX_RANGE_CHUNKS and sink.is_missing(index, chunk + run)
-            ):
+            run, stop = 0, min(end, chunk + most())
+            while chunk + run < stop and sink.is_missing(index, chunk + run):
                 run += 1
             if run:
                 offset = chunk * CHUNK_SIZE
@@ -67,7 +74,9 @@ def ranges_of(request: Request, sink: Sink) -> Iterator[Range]:
             chunk += max(run, 1)
 
 
-def asks_of(request: Request, sink: Sink) -> Iterator[Range | Together]:
+def asks_of(
+    request: Request, sink: Sink, most: Callable[[], int] = _most_chunks
+) -> Iterator[Range | Together]:
     """Yield what a request still asks for: ranges, and small objects together."""
     for start in range(0, len(request.spans), MAX_SMALL_OBJECTS):
         spans = request.spans[start : start + MAX_SMALL_OBJECTS]
@@ -75,7 +84,8 @@ def asks_of(request: Request, sink: Sink) -> Iterator[Range | Together]:
         found = sink.many_wanted(indices)
         sizes = [size_bytes for _, size_bytes in found]
         if max(sizes) > MAX_SMALL_BYTES or sum(sizes) > MAX_ANSWER_BYTES:
-            yield from _asks_of_mixed(Request(request.source, request.request_id, spans), sink)
+            part = Request(request.source, request.request_id, spans)
+            yield from _asks_of_mixed(part, sink, most)
             continue
         missing = sink.are_missing(indices)
         if not all(missing):
@@ -85,7 +95,9 @@ def asks_of(request: Request, sink: Sink) -> Iterator[Range | Together]:
             yield _together(indices, found, sum(sizes))
 
 
-def _asks_of_mixed(request: Request, sink: Sink) -> Iterator[Range | Together]:
+def _asks_of_mixed(
+    request: Request, sink: Sink, most: Callable[[], int]
+) -> Iterator[Range | Together]:
     """Yield what a request for objects of all sizes asks for, one after the other."""
     indices: list[int] = []
     objects: list[WantedObject] = []
@@ -97,7 +109,8 @@ def _asks_of_mixed(request: Request, sink: Sink) -> Iterator[Range | Together]:
             if indices:  # what was asked first comes first
                 yield _together(indices, objects, length)
                 indices, objects, length = [], [], 0
-            yield from ranges_of(Request(request.source, request.request_id, (span,)), sink)
+            part = Request(request.source, request.request_id, (span,))
+            yield from ranges_of(part, sink, most)
             continue
         if not sink.is_missing(span.object_index, 0):
             continue

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from tensorswarm.p2p.bulk.peer_source import PeerSource
+from tensorswarm.p2p.bulk.ranges import ranges_of
 from tensorswarm.p2p.bulk.wire_plan import (
     FAR_S,
+    FIRST_BYTES_AHEAD,
     MAX_BYTES_AHEAD,
     MAX_CONNECTIONS,
     MIN_BYTES_AHEAD,
+    MIN_NEAR_BYTES_AHEAD,
+    NEAR_AHEAD_S,
     NEAR_BYTES_AHEAD,
     Pace,
     connections_for,
@@ -85,8 +89,6 @@ def test_the_proxy_delays_both_ways_and_keeps_the_rate() -> None:
 def test_connections_and_bytes_ahead_follow_from_what_is_measured() -> None:
     assert [connections_for(s) for s in (0.0001, 0.019, 0.1, 0.3)] == [1, 1, 2, MAX_CONNECTIONS]
     pace = Pace()
-    pace.begin(0.0, FAR_S / 2)
-    assert pace.bytes_ahead() == NEAR_BYTES_AHEAD
     pace.begin(10.0, 0.1)
     assert pace.bytes_ahead() == MIN_BYTES_AHEAD, "nothing is known of the rate"
     for step in range(1, 21):
@@ -96,3 +98,29 @@ def test_connections_and_bytes_ahead_follow_from_what_is_measured() -> None:
     assert pace.bytes_ahead() == 2 * 100_000_000 // 10, "a new connection begins as fast"
     pace.begin(30.0, 3.0)
     assert pace.bytes_ahead() == MAX_BYTES_AHEAD
+
+
+def test_of_a_near_peer_no_more_is_asked_for_ahead_than_its_rate_is_worth() -> None:
+    pace = Pace()
+    pace.begin(0.0, FAR_S / 2)
+    assert pace.bytes_ahead() == FIRST_BYTES_AHEAD, "nothing is known of the rate"
+    pace.note(0.002, 2 * CHUNK_SIZE)
+    assert pace.bytes_ahead() == FIRST_BYTES_AHEAD, "it may be a burst"
+    pace.note(0.012, 10 * CHUNK_SIZE)
+    assert pace.bytes_ahead() == 12 * CHUNK_SIZE
+    pace.note(0.022, 10 * CHUNK_SIZE)
+    assert pace.bytes_ahead() == NEAR_BYTES_AHEAD
+    for step in range(1, 4):
+        pace.note(float(step), 2_400_000)
+    assert pace.bytes_ahead() == MIN_NEAR_BYTES_AHEAD, "its uplink is limited"
+    pace.note(4.0, 40_000_000)
+    assert pace.bytes_ahead() == 40_000_000 * NEAR_AHEAD_S
+
+
+def test_a_range_is_no_longer_than_what_may_be_asked_for_when_it_is_sent() -> None:
+    room = [3]
+    sink = MemorySink(make_object(12 * CHUNK_SIZE))
+    asked = ranges_of(Request("p", 1, (Span(0, 0, 12),)), sink, lambda: room[0])
+    assert (next(asked).first_chunk, next(asked).chunks) == (0, 3)
+    room[0] = 4
+    assert [(each.first_chunk, each.chunks) for each in asked] == [(6, 4), (10, 2)]
