@@ -61,6 +61,8 @@ _SMALL_COLUMNS = (
     "CASE place WHEN 3 THEN file_offset END, size FROM objects "
 )
 
+_PACKED = int(ObjectPlace.PACKED)  # looked up once: it is asked for each of many rows
+
 FEW_PART = 8
 """A store is read as a whole where it has at most this part of what is looked for."""
 
@@ -245,13 +247,14 @@ class WholeObjects:
         found: dict[bytes, bytes] = {}
         packed: dict[bytes, PackSpot] = {}
         in_files: list[bytes] = []
-        for digest, place, data, *spot in rows_of(self.index, _SMALL_COLUMNS, list(sizes)):
-            if sizes.get(digest) != spot[2]:
+        for row in rows_of(self.index, _SMALL_COLUMNS, list(sizes)):
+            digest, place = row[:2]
+            if sizes.get(digest) != row[5]:
                 continue
-            if place == ObjectPlace.PACKED:
-                packed[digest] = tuple(spot)
+            if place == _PACKED:
+                packed[digest] = row[3:]
             elif place == ObjectPlace.INLINE:
-                found[digest] = data
+                found[digest] = row[2]
             else:
                 in_files.append(digest)
         if packed:

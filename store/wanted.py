@@ -23,6 +23,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import compress
+from operator import eq
 from typing import TYPE_CHECKING, NamedTuple, overload
 
 from . import bitmap
@@ -379,10 +380,9 @@ class Wanted:
         indices = [index for index, _ in parts]
         came = [bytes(view) for _, view in parts]
         digests, sizes = self.many(indices)
-        are_right = [
-            len(data) == size and digest_of(data) == digest
-            for data, digest, size in zip(came, digests, sizes, strict=True)
-        ]
+        found = list(zip(map(digest_of, came), map(len, came), strict=True))
+        named = list(zip(digests, sizes, strict=True))
+        are_right = [True] * len(parts) if found == named else list(map(eq, found, named))
         outcomes = self._claim(indices, are_right)
         if outcomes.count(Kept.NEW) == len(parts):
             kept, objects = indices, list(zip(digests, came, strict=True))

@@ -22,6 +22,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Sequence
+from itertools import starmap
 from typing import NamedTuple
 
 import h11
@@ -48,7 +49,6 @@ MAX_BODY_BYTES = MAX_SMALL_OBJECTS * (DIGEST_SIZE + 8)
 TARGET = "/small"
 
 _ITEM = struct.Struct(f">{DIGEST_SIZE}sQ")
-_SIZE = struct.Struct(">Q")
 _ITEM_BYTES = _ITEM.size
 _LENGTH = re.compile(rb"[0-9]{1,8}")
 
@@ -89,7 +89,7 @@ class SmallClientExchange:
     """
 
     def __init__(self, request: SmallRequest, host: str) -> None:
-        body = b"".join([digest + _SIZE.pack(size) for digest, size in request.objects])
+        body = b"".join(starmap(_ITEM.pack, request.objects))
         if not body or len(body) > MAX_BODY_BYTES or request.length > MAX_ANSWER_BYTES:
             raise ValueError("a request for small objects has limits")
         self.request = request
