@@ -43,8 +43,9 @@ def main() -> None:
     arguments = sys.argv[1:]
     names = available()
     if arguments[:1] == ["--list"]:
+        width = max(map(len, names)) + 2
         for name, line in names.items():
-            print(f"{name:15}{line}")
+            print(f"{name:{width}}{line}")
         return
     name = NAMES[0]
     if arguments and not arguments[0].startswith("-"):

@@ -31,7 +31,7 @@ from blake3 import blake3
 
 from . import page_cache
 from .processes import memory_bytes, python, run_json
-from .report import Spread, Target, document, emit, spread, table
+from .report import Spread, Target, at_least_one, document, emit, spread, table
 
 TENSORS = 64
 BLOCK_BYTES = 1 << 20
@@ -134,7 +134,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description="hashing a model in place, beside BLAKE3 alone")
     parser.add_argument("--gb", type=float, default=4.0, help="size of the model in 10^9 bytes")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds that are counted")
+    parser.add_argument("--rounds", type=at_least_one, default=5, help="rounds that are counted")
     parser.add_argument("--folder", type=Path, help="where to work (default: the system's tmp)")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--one", choices=NAMES, help=argparse.SUPPRESS)

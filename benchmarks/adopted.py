@@ -19,7 +19,7 @@ from pathlib import Path
 from .contenders import Contender, Tensorswarm, TensorswarmClear
 from .model import tensor_sizes, write_model
 from .one_source import WARM, measure
-from .report import Target, document, emit, spread, table
+from .report import Target, at_least_one, document, emit, spread, table
 from .warm_memory import warm_memory
 
 LEAST_RATIO = 0.9
@@ -53,8 +53,8 @@ PAIRS = ((Adopted, Tensorswarm), (AdoptedClear, TensorswarmClear))
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description="an adopted file beside a copy in the store")
-    parser.add_argument("--mib", type=int, default=512, help="size of the model in MiB")
-    parser.add_argument("--rounds", type=int, default=6, help="rounds that are counted")
+    parser.add_argument("--mib", type=at_least_one, default=512, help="size of the model in MiB")
+    parser.add_argument("--rounds", type=at_least_one, default=6, help="rounds that are counted")
     parser.add_argument("--folder", type=Path, help="where to work (default: the system's tmp)")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()

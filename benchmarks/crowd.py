@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from .model import tensor_sizes, write_model
 from .processes import ROOT, cpu_seconds, python, read_line
-from .report import Target, document, emit, spread, table
+from .report import Target, at_least_one, document, emit, spread, table
 from .seeds import Seed, start_seed
 
 START_TIMEOUT_S = 120.0
@@ -108,10 +108,10 @@ def _say(process: subprocess.Popen[bytes], word: str) -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description="a crowd fetches at once from one node")
-    parser.add_argument("--nodes", type=int, default=24)
-    parser.add_argument("--mib", type=int, default=64, help="size of the model in MiB")
+    parser.add_argument("--nodes", type=at_least_one, default=24)
+    parser.add_argument("--mib", type=at_least_one, default=64, help="size of the model in MiB")
     parser.add_argument("--upload-limit", metavar="RATE", help="of the one node (default: none)")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=at_least_one, default=5)
     parser.add_argument("--folder", type=Path, help="where to work (default: the system's tmp)")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--receive", nargs=3, help=argparse.SUPPRESS)

@@ -41,7 +41,7 @@ from tensorswarm.store.cid import dht_key, model_cid
 from tensorswarm.store.ingest import add_paths
 from tensorswarm.store.store import Store
 
-from .report import Target, document, emit, spread, table
+from .report import Target, at_least_one, document, emit, spread, table
 
 SEED = 1
 LISTEN = "127.0.0.1:0"
@@ -323,8 +323,8 @@ def say(line: str) -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description="announcing and finding on the DHT")
-    parser.add_argument("--nodes", type=int, default=100)
-    parser.add_argument("--keys", type=int, default=5_000)
+    parser.add_argument("--nodes", type=at_least_one, default=100)
+    parser.add_argument("--keys", type=at_least_one, default=5_000)
     parser.add_argument("--checked", type=int, default=1_700, help="keys each fresh node reads")
     parser.add_argument("--no-crash", dest="crash", action="store_false")
     parser.add_argument("--json", action="store_true")

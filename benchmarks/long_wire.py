@@ -24,7 +24,7 @@ from tests.support.delay_proxy import DelayProxy
 
 from .model import tensor_sizes, write_model
 from .processes import Server, python, run_json
-from .report import Target, document, emit, spread, table
+from .report import Target, at_least_one, document, emit, spread, table
 
 WANTED_SHARE = 0.9
 """Least part of the wire's rate that payload gets."""
@@ -33,8 +33,8 @@ WANTED_SHARE = 0.9
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description="one source behind a long wire")
-    parser.add_argument("--mib", type=int, default=256, help="size of the model in MiB")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--mib", type=at_least_one, default=256, help="size of the model in MiB")
+    parser.add_argument("--rounds", type=at_least_one, default=5)
     parser.add_argument("--round-trip-ms", type=float, default=100)
     parser.add_argument("--mbit", type=float, default=200, help="rate of the wire in Mbit/s")
     parser.add_argument("--life-s", type=float, default=5, help="mean life of a connection")

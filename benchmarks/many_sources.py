@@ -22,7 +22,7 @@ from typing import Any
 
 from .model import tensor_sizes, write_model
 from .processes import python, run_json
-from .report import Target, document, emit, spread, table
+from .report import Target, at_least_one, document, emit, spread, table
 from .seeds import Seed, start_seed
 
 WANTED_SHARE = 0.95
@@ -59,11 +59,11 @@ def rate_of(result: dict[str, Any]) -> float:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description="several peers of unequal rates")
-    parser.add_argument("--mib", type=int, default=256, help="size of the model in MiB")
+    parser.add_argument("--mib", type=at_least_one, default=256, help="size of the model in MiB")
     parser.add_argument(
         "--rates", type=float, nargs="+", default=[2, 4, 8, 16], help="of the peers, in MB/s"
     )
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=at_least_one, default=5)
     parser.add_argument("--folder", type=Path, help="where to work (default: the system's tmp)")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()

@@ -27,7 +27,7 @@ from typing import Any
 from . import page_cache
 from .contenders import CONTENDERS, Contender, Measurement, Tensorswarm
 from .model import MIB, tensor_sizes, write_model
-from .report import Target, document, emit, spread, table
+from .report import Target, at_least_one, document, emit, spread, table
 from .warm_memory import warm_memory
 
 WARM, COLD = "warm", "cold"
@@ -146,8 +146,8 @@ def chosen(only: str | None, source: Path, work: Path) -> list[Contender]:
 def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="one source, one receiver, on loopback")
-    parser.add_argument("--mib", type=int, default=1024, help="size of the model in MiB")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds that are counted")
+    parser.add_argument("--mib", type=at_least_one, default=1024, help="size of the model in MiB")
+    parser.add_argument("--rounds", type=at_least_one, default=5, help="rounds that are counted")
     parser.add_argument(
         "--cache", default=f"{WARM},{COLD}", help="state of the page cache: warm, cold, or both"
     )

@@ -23,7 +23,7 @@ from . import page_cache
 from .contenders import Tensorswarm, find_program
 from .model import tensor_sizes, write_model
 from .processes import ROOT, RUN_TIMEOUT_S, python
-from .report import document, emit, table
+from .report import at_least_one, document, emit, table
 from .warm_memory import warm_memory
 
 SAMPLES_PER_S = 1000
@@ -37,7 +37,7 @@ Samples = Counter[tuple[str, str]]
 def main() -> None:
     """Profile one transfer and print."""
     parser = argparse.ArgumentParser(description="where the CPU seconds of one transfer go")
-    parser.add_argument("--mib", type=int, default=1024, help="size of the model in MiB")
+    parser.add_argument("--mib", type=at_least_one, default=1024, help="size of the model in MiB")
     parser.add_argument("--bulk", choices=("tls", "clear"), default="tls")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()

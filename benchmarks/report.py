@@ -21,6 +21,7 @@ Not here: measuring (`processes`), and what a contender is (`contenders`).
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -53,6 +54,17 @@ class Spread:
     def relative(self) -> float:
         """Highest minus lowest, as a fraction of the median."""
         return (self.highest - self.lowest) / self.median if self.median else 0.0
+
+
+def at_least_one(text: str) -> int:
+    """Read a number of things for argparse: at least one."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return value
 
 
 def spread(values: Sequence[float]) -> Spread:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from .processes import memory_bytes, python, run_json
-from .report import Target, document, emit, spread, table
+from .report import Target, at_least_one, document, emit, spread, table
 
 SIZES = (10_000, 100_000, 1_000_000)
 CHUNKS_PER_TENSOR = 10
@@ -49,8 +49,8 @@ PEER = "12D3KooWPeer"
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description="cost of a fetch by number of chunks")
-    parser.add_argument("--chunks", type=int, nargs="+", default=list(SIZES))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--chunks", type=at_least_one, nargs="+", default=list(SIZES))
+    parser.add_argument("--rounds", type=at_least_one, default=5)
     parser.add_argument("--folder", type=Path, help="where to work (default: the system's tmp)")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)

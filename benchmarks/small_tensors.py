@@ -19,7 +19,7 @@ from pathlib import Path
 
 from .contenders import Measurement, Tensorswarm
 from .model import write_model
-from .report import Target, document, emit, spread, table
+from .report import Target, at_least_one, document, emit, spread, table
 
 WANTED_RATIO = 1 / 3
 """Least rate of the small tensors, as a part of the single tensor's."""
@@ -30,9 +30,9 @@ ONE, MANY = "one tensor", "many tensors"
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description="many small tensors beside one large one")
-    parser.add_argument("--tensors", type=int, default=20_000)
-    parser.add_argument("--kib", type=int, default=4, help="size of a small tensor in KiB")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tensors", type=at_least_one, default=20_000)
+    parser.add_argument("--kib", type=at_least_one, default=4, help="size of a small tensor in KiB")
+    parser.add_argument("--rounds", type=at_least_one, default=5)
     parser.add_argument("--folder", type=Path, help="where to work (default: the system's tmp)")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()

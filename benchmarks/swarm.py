@@ -34,7 +34,7 @@ from tests.support.http_origin import HttpOrigin
 
 from .model import tensor_sizes, write_model
 from .processes import ROOT, Server, cpu_seconds, python, read_line, run_json
-from .report import Target, document, emit, spread, table
+from .report import Target, at_least_one, document, emit, spread, table
 from .seeds import LISTEN
 
 START_TIMEOUT_S = 120.0
@@ -292,10 +292,10 @@ def run_torrent(work: Path, source: Path, args: argparse.Namespace) -> Round:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description="a swarm starts at once from one slow origin")
-    parser.add_argument("--nodes", type=int, default=8)
-    parser.add_argument("--mib", type=int, default=64, help="size of the model in MiB")
+    parser.add_argument("--nodes", type=at_least_one, default=8)
+    parser.add_argument("--mib", type=at_least_one, default=64, help="size of the model in MiB")
     parser.add_argument("--limit", metavar="RATE", default="8MB/s", help="of every uplink")
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--rounds", type=at_least_one, default=1)
     parser.add_argument("--cold", action="store_true", help="do not wait until all are at rest")
     parser.add_argument("--only", choices=("tensorswarm", "libtorrent"))
     parser.add_argument("--folder", type=Path, help="where to work (default: the system's tmp)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from benchmarks.contenders import Measurement
 from benchmarks.one_source import summary, targets_of
 from benchmarks.profile_one_source import parse_samples
-from benchmarks.report import Target, document, emit, figure, spread, table
+from benchmarks.report import Target, at_least_one, document, emit, figure, spread, table
 from tests.support.store_world import DEADLINE_S
 
 
@@ -104,3 +105,10 @@ def test_the_scale_benchmark_still_drives_a_fetch(tmp_path: Path) -> None:
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=DEADLINE_S)
     figures = json.loads(done.stdout)
     assert all(figures[name] > 0 for name in ("start_s", "chunk_us", "memory_bytes"))
+
+
+def test_less_than_one_of_anything_is_refused() -> None:
+    assert at_least_one("3") == 3
+    for text in ("0", "-4", "1.5", "many"):
+        with pytest.raises(argparse.ArgumentTypeError, match="not a whole number above 0"):
+            at_least_one(text)
