@@ -300,7 +300,9 @@ def run_one(chunks: int, folder: Path) -> dict[str, float]:
     async def drive() -> None:
         import gc
 
-        gc.freeze()  # as `Node` does when it starts
+        from tensorswarm.cli.main import GC_THRESHOLDS
+
+        gc.set_threshold(*GC_THRESHOLDS)  # as `tensorswarm fetch` does
         token = trio.lowlevel.current_trio_token()
         workers: list[_MadeUpWorker] = []
 
