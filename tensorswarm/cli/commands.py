@@ -18,7 +18,7 @@ from tensorswarm.store.upkeep import pins
 
 from ..refs import Ref, RefKind, parse_ref
 from .network import fetch, node, peers
-from .output import Output, human_bytes
+from .output import Output, count_of, human_bytes
 
 __all__ = ["add", "export", "fetch", "info", "ls", "node", "peers", "verify"]
 
@@ -55,7 +55,7 @@ def add(args: argparse.Namespace, output: Output) -> int:
         output.say(f"model    {document['model']}")
         output.say(f"weights  {document['weights']}")
         output.say(
-            f"{document['files']} files, {document['tensors']} tensors, "
+            f"{count_of(document['files'], 'file')}, {count_of(document['tensors'], 'tensor')}, "
             f"{human_bytes(document['bytes'])}; {human_bytes(new_bytes)} new to the store"
         )
 
@@ -134,7 +134,7 @@ def _print_info(document: dict[str, Any], output: Output) -> None:
         output.say(f"{key:9}{document[key]}")
     here = "all of it" if document["complete"] else human_bytes(document["bytes_local"])
     output.say(
-        f"{document['tensors']} tensors in {document['files']} files, "
+        f"{count_of(document['tensors'], 'tensor')} in {count_of(document['files'], 'file')}, "
         f"{human_bytes(document['bytes'])}; here: {here}"
     )
     output.say()
@@ -288,10 +288,8 @@ def export(args: argparse.Namespace, output: Output) -> int:
         "files": len(written),
         "bytes": sum(path.stat().st_size for path in written),
     }
-    output.result(
-        document,
-        lambda: output.say(f"{len(written)} files, {human_bytes(document['bytes'])}: {folder}"),
-    )
+    line = f"{count_of(len(written), 'file')}, {human_bytes(document['bytes'])}: {folder}"
+    output.result(document, lambda: output.say(line))
     return 0
 
 

@@ -12,7 +12,7 @@ from tensorswarm.store.manifest import Manifest
 from tensorswarm.store.store import Store
 
 from ..refs import RefKind, parse_ref
-from .output import Output, human_bytes
+from .output import Output, count_of, human_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,7 +67,7 @@ def adopt(args: argparse.Namespace, output: Output) -> int:
         for name, reason in result.refused:
             output.note(f"{name} is left out: {reason}")
         output.say(
-            f"{len(models)} models, {human_bytes(result.total_bytes)}; "
+            f"{count_of(len(models), 'model')}, {human_bytes(result.total_bytes)}; "
             f"{human_bytes(result.new_bytes)} new to the store, "
             f"{human_bytes(result.duplicate_bytes)} were duplicates"
         )

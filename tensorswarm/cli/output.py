@@ -26,6 +26,11 @@ def human_bytes(count: float) -> str:
     raise AssertionError("unreachable")
 
 
+def count_of(number: int, noun: str) -> str:
+    """Return a number of things as people write it: ``1 file``, ``2 files``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def human_rate(byte_count: float, seconds: float) -> str:
     """Return a rate as people write it; a dash when nothing was moved."""
     if byte_count <= 0 or seconds <= 0:

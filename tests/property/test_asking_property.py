@@ -13,7 +13,7 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tensorswarm.p2p.download_sources import PASSING, RETRY_PAUSES_S, KnownSource
+from tensorswarm.p2p.known_source import PASSING, RETRY_PAUSES_S, KnownSource
 from tensorswarm.p2p.swarm.planner import Ask, Drop, Planner, SourceKind
 from tensorswarm.p2p.swarm.source import Failure, Request
 from tensorswarm.simulations.peer import Nature, SimulatedPeer
