@@ -23,7 +23,13 @@ import trio
 
 from tensorswarm.store import bitmap
 from tensorswarm.store.digest import chunk_count
-from tensorswarm.store.errors import TensorswarmError
+from tensorswarm.store.errors import (
+    HashMismatch,
+    NoSource,
+    NotFound,
+    Refused,
+    TensorswarmError,
+)
 from tensorswarm.store.wanted import Wanted
 
 from . import claims
@@ -31,9 +37,9 @@ from .bulk.sink import EventQueue, StoreSink
 from .control import wire
 from .control.holdings import Holdings
 from .control.neighbours import Neighbours
-from .known_source import KnownSource, OriginSpec, given_up, reports_of, why_stuck
+from .known_source import KnownSource, OriginSpec
 from .limits.rates import RateLimiter
-from .origins.origin import Place, runs_of
+from .origins.origin import Place, display_url, runs_of
 from .origins.source import OriginSource
 from .results import SourceReport
 from .routes import Distance, Routes, Via
@@ -187,8 +193,12 @@ class DownloadSources:
     # ---- what is known of them
 
     def given_up(self) -> set[str]:
-        """Return who failed for good or for now."""
-        return given_up(self._sources)
+        """Return who failed for good or for now; who stalled may only be busy."""
+        return {
+            name
+            for name, source in self._sources.items()
+            if source.dropped and source.failure is not Failure.STALLED
+        }
 
     def holdings(self) -> dict[str, dict[int, bytes | None]]:
         """Return what each holds, by object index."""
@@ -203,13 +213,52 @@ class DownloadSources:
         return any(source.is_hoped_for for source in self._sources.values())
 
     def why_stuck(self, waited_s: float, *, has_looked: bool) -> TensorswarmError:
-        """Return the error with which the download ends, see `known_source.why_stuck`."""
-        missing_bytes = self._planner.missing_bytes
-        return why_stuck(self._sources, missing_bytes, waited_s, has_looked=has_looked)
+        """Return the error with which a download ends that gets nothing any more.
+
+        `has_looked` says that neighbours were asked, and that the search for others is over.
+        """
+        known = self._sources
+        tail = f"; {self._planner.missing_bytes} bytes are missing"
+        liars = [name for name, each in known.items() if each.failure is Failure.BAD_BYTES]
+        if liars:
+            names = ", ".join(display_url(name) for name in liars)
+            return HashMismatch(
+                f"{names} sent bytes that do not match their hash and no good source is left{tail}"
+            )
+        reasons = "; ".join(
+            f"{display_url(name)}: {each.reason}" for name, each in known.items() if each.reason
+        )
+        if any(each.failure is Failure.REFUSED_ACCESS for each in known.values()):
+            return Refused(f"who has it refused us access: {reasons}{tail}")
+        if has_looked:
+            what = "no source that can be reached has all of it"
+            return NotFound(f"{what}{tail}. {reasons}".rstrip())
+        return NoSource(f"no source gave anything for {waited_s:.0f} s{tail}. {reasons}".rstrip())
 
     def reports(self, counted: Iterable[SourceStatistics]) -> list[SourceReport]:
-        """Return what each gave, and those that were dropped."""
-        return reports_of(counted, self._sources)
+        """Return what each source gave, and those that were dropped.
+
+        An origin that had nothing of what was asked of it counts as dropped: whoever named it
+        wants to know that its files are not there, or are others.
+        """
+        reports = []
+        for each in counted:
+            known = self._sources.get(each.source)
+            dropped = known is not None and known.dropped
+            if known is not None and known.kind is SourceKind.ORIGIN and not each.proved_bytes:
+                dropped |= bool(known.reason)
+            if each.proved_bytes or dropped:
+                reports.append(
+                    SourceReport(
+                        each.kind.value,
+                        display_url(each.source),
+                        each.proved_bytes,
+                        dropped,
+                        known.reason if known is not None else "",
+                        known.via.value if known is not None and known.via else None,
+                    )
+                )
+        return reports
 
     # ---- beginning with a source
 

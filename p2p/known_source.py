@@ -1,28 +1,18 @@
-"""What a download knows of its sources: where an origin has what, who failed and why."""
+"""What a download knows of one source: where an origin has what, whether it failed and why."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from tensorswarm.store.errors import (
-    HashMismatch,
-    NoSource,
-    NotFound,
-    Refused,
-    TensorswarmError,
-)
-
 from .control.holdings import Holdings
-from .origins.origin import Place, display_url
-from .results import SourceReport
+from .origins.origin import Place
 from .routes import Via
 from .swarm.planner import SourceKind
 from .swarm.source import Failure, SourceWorker
-from .swarm.types import SourceStatistics
 
 PASSING = frozenset({Failure.STALLED, Failure.CLOSED, Failure.UNREACHABLE})
-
+"""Failures after which a source is tried again."""
 
 RETRY_PAUSES_S = (1.0, 3.0, 10.0, 20.0, 40.0, 60.0)
 """Pauses before a source that failed for a passing reason is tried again; then the last one
@@ -90,64 +80,3 @@ class KnownSource:
         """Note that it gives again, though it was given up perhaps."""
         self.dropped = False
         self.failures = 0
-
-
-def reports_of(
-    counted: Iterable[SourceStatistics], sources: Mapping[str, KnownSource]
-) -> list[SourceReport]:
-    """Return what each source gave, and those that were dropped.
-
-    An origin that had nothing of what was asked of it counts as dropped: whoever named it
-    wants to know that its files are not there, or are others.
-    """
-    reports = []
-    for each in counted:
-        known = sources.get(each.source)
-        dropped = known is not None and known.dropped
-        if known is not None and known.kind is SourceKind.ORIGIN and not each.proved_bytes:
-            dropped |= bool(known.reason)
-        if each.proved_bytes or dropped:
-            reports.append(
-                SourceReport(
-                    each.kind.value,
-                    display_url(each.source),
-                    each.proved_bytes,
-                    dropped,
-                    known.reason if known is not None else "",
-                    known.via.value if known is not None and known.via else None,
-                )
-            )
-    return reports
-
-
-def given_up(sources: Mapping[str, KnownSource]) -> set[str]:
-    """Return who failed for good or for now; who stalled may only be busy."""
-    return {
-        name
-        for name, source in sources.items()
-        if source.dropped and source.failure is not Failure.STALLED
-    }
-
-
-def why_stuck(
-    sources: Mapping[str, KnownSource], missing_bytes: int, waited_s: float, *, has_looked: bool
-) -> TensorswarmError:
-    """Return the error with which a download ends that gets nothing any more.
-
-    `has_looked` says that neighbours were asked, and that the search for others is over.
-    """
-    tail = f"; {missing_bytes} bytes are missing"
-    liars = [name for name, each in sources.items() if each.failure is Failure.BAD_BYTES]
-    if liars:
-        names = ", ".join(display_url(name) for name in liars)
-        return HashMismatch(
-            f"{names} sent bytes that do not match their hash and no good source is left{tail}"
-        )
-    reasons = "; ".join(
-        f"{display_url(name)}: {each.reason}" for name, each in sources.items() if each.reason
-    )
-    if any(each.failure is Failure.REFUSED_ACCESS for each in sources.values()):
-        return Refused(f"who has it refused us access: {reasons}{tail}")
-    if has_looked:
-        return NotFound(f"no source that can be reached has all of it{tail}. {reasons}".rstrip())
-    return NoSource(f"no source gave anything for {waited_s:.0f} s{tail}. {reasons}".rstrip())

@@ -17,7 +17,7 @@ from tensorswarm.store.errors import LocalError
 from ..limits.rates import RateLimiter
 from ..swarm.source import Failure, Outcome, Report, Request, Sink, SmallBatch
 from .dial import Abortable
-from .ranges import Range, Together, asks_of
+from .ranges import Range, Together
 
 PIECE_BYTES = 256 << 10
 """Bytes taken from a connection at a time, each followed by a report of progress."""
@@ -36,10 +36,10 @@ class TooManyRequests(LocalError):
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A request on its way."""
+    """A request on its way; what it still asks for is worked out when a worker begins it."""
 
     request: Request
-    ranges: Iterator[Range | Together]
+    ranges: Iterator[Range | Together] = iter(())
     on_wire: int = 0
     all_sent: bool = False
     cancelled: bool = False
@@ -70,7 +70,7 @@ class Desk:
                 return
             if len(self._queue) >= MAX_QUEUED_REQUESTS:
                 raise TooManyRequests(f"{MAX_QUEUED_REQUESTS} requests wait for {self._source}")
-            job = Job(request, asks_of(request, self.sink))
+            job = Job(request)
             self._queue.append(job)
             self._jobs[request.request_id] = job
             self._changed.notify()
@@ -114,8 +114,7 @@ class Desk:
             if not any(other is not worker for other in self._links):
                 return False
             for job in reversed(jobs):
-                fresh = Job(job.request, asks_of(job.request, self.sink))
-                fresh.cancelled = job.cancelled
+                fresh = Job(job.request, cancelled=job.cancelled)
                 self._queue.appendleft(fresh)
                 self._jobs[job.request.request_id] = fresh
             self._changed.notify_all()

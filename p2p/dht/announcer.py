@@ -166,9 +166,10 @@ class Announcer:
 
     async def _announce(self, now: float) -> None:
         """Announce on the DHT what has not been announced yet, when that is due."""
+        if not self._gathering.is_due(now, more_is_coming=self._more_is_coming()):
+            return
         new = [digest for digest in self._told if digest not in self._announced]
-        more_is_coming = self._more_is_coming()
-        if not new or not self._gathering.is_due(now, more_is_coming=more_is_coming):
+        if not new:
             return
         self._gathering.announced(now)
         self._announced.update(new)

@@ -217,24 +217,28 @@ class Walker:
             async with trio.open_nursery() as nursery:
                 arrived = trio.Event()
                 nursery.start_soon(self._go, straight, question, on_answer, arrived)
-                is_moving, patience_s = True, max(SLOW_S, timeout_s * STRAIGHT_SHARE)
-                while is_moving and not arrived.is_set():
-                    count = straight.answer_count
-                    with trio.move_on_after(patience_s):
-                        await arrived.wait()
-                    is_moving = straight.asks_everybody and straight.answer_count > count
+                gets_there = await self._gets_there(straight, arrived, timeout_s)
                 found = straight.result()
                 if question.kind == FIND_NODE and arrived.is_set() and not straight.is_exhausted:
                     self._reach.learn(kad_id(key), found)
-                is_late = not arrived.is_set() and not straight.asks_everybody
-                got_nowhere = straight.is_exhausted or is_late
-                if got_nowhere or await self._ends_in_crowd(key, found):
+                if not gets_there or await self._ends_in_crowd(key, found):
                     self.crowds += 1
                     await self._go_round(key, question, found, on_answer, widely)
                 nursery.cancel_scope.cancel()
         found, reach = straight.result(), self._reach.beside(kad_id(key)) or SPAN
         found += (each for each in widely if peer_kad_id(each) ^ kad_id(key) < reach)
         return closest(kad_id(key), dict.fromkeys(found), len(found))
+
+    async def _gets_there(self, lookup: Lookup, arrived: trio.Event, timeout_s: float) -> bool:
+        """Wait while a look-up goes straight to its key; False if it gets nowhere."""
+        patience_s = max(SLOW_S, timeout_s * STRAIGHT_SHARE)
+        is_moving = True
+        while is_moving and not arrived.is_set():
+            count = lookup.answer_count
+            with trio.move_on_after(patience_s):
+                await arrived.wait()
+            is_moving = lookup.asks_everybody and lookup.answer_count > count
+        return not lookup.is_exhausted and (arrived.is_set() or lookup.asks_everybody)
 
     def _lookup(self, key: bytes, start: Iterable[str] = ()) -> Lookup:
         return Lookup(key, (*self.known_nodes(), *start), self._host.peer_id, self._group_of)

@@ -172,6 +172,13 @@ async def no_stream(peer_id: str) -> Stream:
     raise NoSource(f"{peer_id} is not there")
 
 
+def begin_all(ours: Store, theirs: Store) -> list[Incoming]:
+    """Begin to receive everything that another store is given here."""
+    for data in (DATA, OTHER_DATA, SMALL):
+        theirs.put_blob(data)
+    return [begin(ours, data) for data in (DATA, OTHER_DATA, SMALL)]
+
+
 def begin_poisoned(store: Store) -> Incoming:
     """Begin to receive DATA by the false list."""
     return store.receive(ObjectRef(DIGEST, len(DATA), FALSE_LIST), chunk_list_of(FALSE))
@@ -234,9 +241,7 @@ def test_an_offer_may_overtake_the_news_and_is_answered_in_any_case(
 ) -> None:
     """Who offers something has it; but of several chunks the news tells by which list."""
     ours, theirs = stores
-    for data in (DATA, OTHER_DATA, SMALL):
-        theirs.put_blob(data)
-    incoming = [begin(ours, data) for data in (DATA, OTHER_DATA, SMALL)]
+    incoming = begin_all(ours, theirs)
 
     async def main() -> None:
         neighbours = FakeNeighbours()
@@ -451,9 +456,7 @@ def test_what_is_told_is_what_the_store_gives_out(
     monkeypatch.setattr(download_module, "TELL_INTERVAL_S", 0.001)
     ours, theirs = stores
     poisoned = prove(begin_poisoned(ours), FALSE, 1) if false_first else None
-    for data in (DATA, OTHER_DATA, SMALL):
-        theirs.put_blob(data)
-    incoming = [begin(ours, data) for data in (DATA, OTHER_DATA, SMALL)]
+    incoming = begin_all(ours, theirs)
 
     async def main() -> None:
         neighbours = FakeNeighbours()

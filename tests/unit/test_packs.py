@@ -170,19 +170,17 @@ store = Store(Path(sys.argv[1]))
 real_write = os.pwritev
 if step == "half a write":
     os.pwritev = halved
-    die_at(packs.os, "pwrite", False)
-elif step == "before the write":
-    die_at(packs, "_write_all", False)
-elif step == "after the write":
-    die_at(packs, "_write_all", True)
-elif step == "before the commit":
-    die_at(packs, "insert_packed", True)
-elif step == "after the commit":
-    die_at(Index, "_commit", True)
-elif step == "moving":
-    die_at(packs, "_write_all", True)
-elif step == "moved":
-    die_at(pack_care, "remove_file", False)
+STEPS = {
+    "half a write": (packs.os, "pwrite", False),
+    "before the write": (packs, "_write_all", False),
+    "after the write": (packs, "_write_all", True),
+    "before the commit": (packs, "insert_packed", True),
+    "after the commit": (Index, "_commit", True),
+    "moving": (packs, "_write_all", True),
+    "moved": (pack_care, "remove_file", False),
+}
+if step in STEPS:
+    die_at(*STEPS[step])
 if step.startswith("mov"):
     upkeep.collect(store)
 else:
